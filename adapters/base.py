@@ -1,0 +1,237 @@
+"""The contract of every adapter.
+
+A *model* is a frozen network. An *adapter* is an algorithm around it, immutable once built: nothing on `self` ever
+changes. Everything that adaptation changes is a *state*: a named tuple of tensors, made by `init()`. One state belongs to
+one stream; *states* is a stacked table of S of them. `rows[i]` says which state row i of a batch uses.
+
+An adapter has a *site*, the place where it meets the network, and the one method of that site:
+
+    input   transform(states, rows, x) -> x'
+    norm    modulate(states, rows, groups) -> Modulation
+    head    score(states, rows, features, logits) -> logits
+
+and all have `adapt(states, rows, batch) -> (states', report)`, which leaves the old states alone. So reset is `init()`,
+rollback is an older value, a snapshot is an encoding, and forgetting a stream is deleting its row.
+
+Laws, which `checks.check_adapter` proves for each adapter:
+
+1. `init()` always gives the same value, and `adapt` neither changes its arguments nor `self`.
+2. A stream's new state depends on its own rows only: streams adapted in one batch end where they end alone (1e-5).
+3. A request's answer depends on its own rows and state only: any micro-batch gives the same answer (1e-5).
+4. Rows of weight 0 teach nothing.
+5. A state survives encoding bit for bit.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from adapters import tree
+
+if TYPE_CHECKING:  # norm.py stands on this file
+    from adapters.norm import Modulation, Network
+
+Site = Literal["input", "norm", "head"]
+
+
+class AdapterError(Exception):
+    """Root of the errors raised in this package.
+
+    AdapterError
+    └── UnsupportedModel
+    """
+
+
+class UnsupportedModel(AdapterError):
+    """The model has nothing that the adapter could adapt; the message says what is missing."""
+
+
+class Groups(NamedTuple):
+    """Which request each row of a batch came in. Sizes are known on the host, so that no device is waited for."""
+
+    index: Tensor  # int64 [B]: the request's number, 0 ≤ index < G
+    sizes: tuple[int, ...]  # rows of each of the G requests
+
+    @classmethod
+    def of(cls, sizes: tuple[int, ...], device: torch.device | str = "cpu") -> "Groups":
+        """Requests laid one after the other: the first `sizes[0]` rows are request 0, and so on.
+
+        >>> Groups.of((2, 1)).index
+        tensor([0, 0, 1])
+        """
+        numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+        return cls(numbers.to(device), sizes)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The state row of each request, int64 [G]: a request belongs to one stream."""
+        return rows.new_zeros(len(self.sizes)).scatter_(0, self.index, rows)
+
+
+class Moments(NamedTuple):
+    """A request's own statistics at every channel of every normalisation layer, P channels in all."""
+
+    mean: Tensor  # [G, P]
+    var: Tensor  # biased, [G, P]
+
+
+class Output(NamedTuple):
+    """What one forward gives."""
+
+    logits: Tensor  # [B, C]
+    features: Tensor | None  # what the last linear layer read, [B, F]; None where there is no such layer
+    moments: Moments | None  # where the forward used them
+
+
+class Batch(NamedTuple):
+    """Rows to learn from, as they were served."""
+
+    x: Tensor  # [B, …], what `transform` would receive
+    groups: Groups
+    weights: Tensor  # float [B]; 0 teaches nothing
+    output: Output | None = None  # as answered; None where it was not kept
+    targets: Tensor | None = None  # labels, from feedback
+    versions: tuple[int, ...] | None = None  # state version each request was answered with
+    time_s: float | None = None  # monotonic, when the oldest row was answered
+
+
+class Report(NamedTuple):
+    """What one call of `adapt` did, per row of the table; tensors, so that reading them is the caller's choice."""
+
+    seen: Tensor  # rows of weight > 0, int64 [S]
+    reliable: Tensor  # of these, rows that passed the first filter, int64 [S]
+    selected: Tensor  # of these, rows that were learned from, int64 [S]
+    entropy: Tensor  # mean entropy of the rows seen, nats, [S]; 0 where none was
+    applied: Tensor  # whether parameters were updated, bool [S]
+    refused: Tensor  # whether a guard kept the old state, bool [S]
+
+    @classmethod
+    def empty(cls, states: int, device: torch.device | str = "cpu") -> "Report":
+        """Nothing seen, nothing done."""
+        count = torch.zeros(states, dtype=torch.int64, device=device)
+        no = torch.zeros(states, dtype=torch.bool, device=device)
+        return cls(count, count, count, torch.zeros(states, device=device), no, no)
+
+
+S = TypeVar("S")
+
+
+class Adapter(Protocol[S]):
+    """What every adapter has, whatever its site."""
+
+    @property
+    def site(self) -> Site: ...
+
+    def init(self) -> S:
+        """The state of a stream that has seen nothing."""
+        ...
+
+    def adapt(self, states: S, rows: Tensor, batch: Batch) -> tuple[S, Report]:
+        """Learn from one batch.
+
+        Args:
+            states: table of S states.
+            rows: int64 [B], which state each row of the batch belongs to.
+            batch: B rows of any mix of streams.
+
+        Returns:
+            A new table of S states (rows without data keep their values) and the report.
+        """
+        ...
+
+
+class InputAdapter(Adapter[S], Protocol[S]):
+    """Changes what the network sees."""
+
+    def transform(self, states: S, rows: Tensor, x: Tensor) -> Tensor: ...
+
+
+class NormAdapter(Adapter[S], Protocol[S]):
+    """Changes what the normalisation layers do."""
+
+    def modulate(self, states: S, rows: Tensor, groups: Groups) -> "Modulation": ...
+
+
+class HeadAdapter(Adapter[S], Protocol[S]):
+    """Changes how features become scores."""
+
+    def score(self, states: S, rows: Tensor, features: Tensor | None, logits: Tensor) -> Tensor: ...
+
+
+class PipelineState(NamedTuple):
+    """The states of the three sites; `()` where a pipeline has no adapter there."""
+
+    input: Any
+    norm: Any
+    head: Any
+
+
+class Pipeline:
+    """An input, a norm and a head adapter around one network; itself an adapter.
+
+    Args:
+        network: the frozen network.
+        input, norm, head: at most one adapter for each site.
+
+    Raises:
+        AdapterError: an adapter stands at another site than its own.
+    """
+
+    def __init__(
+        self,
+        network: "Network",
+        input: InputAdapter[Any] | None = None,
+        norm: NormAdapter[Any] | None = None,
+        head: HeadAdapter[Any] | None = None,
+    ) -> None:
+        for site, adapter in (("input", input), ("norm", norm), ("head", head)):
+            if adapter is not None and adapter.site != site:
+                raise AdapterError(f"an adapter of site {adapter.site!r} cannot stand at {site!r}")
+        self.network = network
+        self.input = input
+        self.norm = norm
+        self.head = head
+
+    def init(self) -> PipelineState:
+        return PipelineState(*(a.init() if a else () for a in (self.input, self.norm, self.head)))
+
+    def predict(self, states: PipelineState, rows: Tensor, groups: Groups, x: Tensor) -> Output:
+        """The pure forward: the same arguments give the same answer, and nothing is changed.
+
+        Args:
+            states: table of S states.
+            rows: int64 [B].
+            groups: which request each row came in.
+            x: [B, …].
+        """
+        if self.input:
+            x = self.input.transform(states.input, rows, x)
+        modulation = self.norm.modulate(states.norm, rows, groups) if self.norm else None
+        output = self.network(x, modulation)
+        if self.head:
+            logits = self.head.score(states.head, rows, output.features, output.logits)
+            output = output._replace(logits=logits)
+        return output
+
+    def adapt(self, states: PipelineState, rows: Tensor, batch: Batch) -> tuple[PipelineState, Report]:
+        """Let every site learn from the batch; the report is that of the last site that learns."""
+        report = Report.empty(_table_rows(rows, states), batch.x.device)
+        new = states
+        if self.input:
+            state, report = self.input.adapt(states.input, rows, batch)
+            new = new._replace(input=state)
+            batch = batch._replace(x=self.input.transform(states.input, rows, batch.x))
+        if self.norm:
+            state, report = self.norm.adapt(states.norm, rows, batch)
+            new = new._replace(norm=state)
+        if self.head:
+            state, report = self.head.adapt(states.head, rows, batch)
+            new = new._replace(head=state)
+        return new, report
+
+
+def _table_rows(rows: Tensor, states: Any) -> int:
+    """S, from the table itself; a table of empty states has none, and then `rows` tells."""
+    for _, leaf in tree.leaves(states):
+        return leaf.shape[0]
+    return int(rows.max()) + 1 if rows.numel() else 0

@@ -1,0 +1,278 @@
+"""Efficient Test-Time Model Adaptation without Forgetting: EATA.
+
+Niu, Wu, Zhang, Chen, Zheng, Zhao & Tan, ICML 2022, arXiv 2204.02610. Equations: 2 and 3 (reliable samples), 4 to 6
+(redundant samples), 7 (the loss), 8 and 9 (the Fisher anchor).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapters import anchors, losses, optim
+from adapters.base import AdapterError, Batch, Groups, Moments, Report, Site, UnsupportedModel
+from adapters.norm import Modulation, Network, Statistics, pool
+
+MOMENTS_MIN_ROWS = 8  # requests of fewer rows are answered with the stream's statistics alone
+
+
+@dataclass(frozen=True)
+class EATAConfig:
+    """Settings of EATA; what the paper calls them is in brackets."""
+
+    entropy_margin: float | None = None  # E_0 (Eq. 3), nats; None: 0.4 · ln C, as published
+    redundancy_margin: float | None = None  # ε (Eq. 5), |cos|; None: `redundancy_margin(C)`
+    anchor: Literal["fisher", "l2", "none"] = "fisher"
+    anchor_weight: float = 1.0  # β (Eq. 8); the paper: 1 on CIFAR-10, 2,000 on ImageNet
+    optimizer: optim.OptimizerName = "adam"  # the paper takes SGD with momentum 0.9; on CIFAR-10-C Adam is customary
+    learning_rate: float = 1e-3
+    momentum: float = 0.9  # of SGD
+    mean_probs_decay: float = 0.9  # 1 − α (Eq. 4)
+    statistics: Literal["batch", "evidence"] = "batch"  # as published, or source ⊕ stream ⊕ request (below)
+    source_images: float = 16.0  # "evidence": what the source's statistics count for, in images
+    stream_images_max: float = 256.0  # "evidence": what the stream's statistics count for at most, in images
+
+
+class EATAPrior(NamedTuple):
+    """What EATA knows of a model beforehand; P normalised channels."""
+
+    fisher: Tensor  # F for [γ | β], [2 P]
+
+
+class EATAState(NamedTuple):
+    """Everything that a stream's adaptation changes."""
+
+    params: Tensor  # θ = [γ | β] of all normalisation layers, float32 [2 P]
+    mean: Tensor  # the stream's own statistics, float32 [P]; the source's until something was seen
+    var: Tensor  # float32 [P]
+    images: Tensor  # images behind `mean` and `var`, capped, float32 []
+    mean_probs: Tensor  # m^t, Eq. 4, float32 [C]; zeros until a row was selected
+    optimizer: optim.OptimizerState
+    seen: Tensor  # rows so far, int64 []
+    reliable: Tensor  # rows that passed the first filter so far, int64 []
+    selected: Tensor  # rows that passed both so far, int64 []
+
+
+def redundancy_margin(classes: int) -> float:
+    """ε of Eq. 5 for a number of classes: the authors' values for 10, 100 and 1,000, and about `1.3/√C` elsewhere.
+
+    The cosine between two probability vectors grows as classes get fewer; the 0.05 of ImageNet would select nothing at 10.
+
+    >>> redundancy_margin(10), redundancy_margin(100), redundancy_margin(1000), redundancy_margin(25)
+    (0.4, 0.1, 0.05, 0.26)
+    """
+    return {10: 0.4, 100: 0.1, 1000: 0.05}.get(classes, min(1.0, 1.3 / math.sqrt(classes)))
+
+
+class EATA:
+    """Entropy minimisation on reliable, non-redundant rows, over normalisation scales and shifts, held by an anchor.
+
+    With entropy `H(x)`, probabilities `p(x)` and their moving mean `m` over selected rows, a row is selected where
+    `H(x) < E_0` and `|cos(p(x), m)| < ε`; the loss is the mean over the selected of `exp(E_0 − H(x)) · H(x)`, the factor
+    held constant, plus `β Σ F (θ − θ0)²`. Where no row is selected nothing moves.
+
+    `statistics="batch"` is the published method: every request is normalised by its own statistics. With `"evidence"`,
+    statistics are pooled from three sources, in proportion to the images behind each: the source (counting as
+    `source_images`), the stream's past (at most `stream_images_max`), and the request's own rows; requests of fewer than
+    8 rows use the first two alone, so a single image is answered well and for the price of a plain forward.
+
+    Args:
+        network: must have normalisation layers that can be modulated.
+        classes: C.
+        prior: the Fisher diagonal; needed with `anchor="fisher"` and a weight above 0.
+        config: defaults are the paper's.
+
+    Raises:
+        UnsupportedModel: the network has no normalisation layer.
+        AdapterError: the prior is missing or of another size.
+
+    Deviations from the authors' code (github.com/mr-eggplant/EATA), none of which changes a trajectory:
+        all streams of a batch take their steps at once, each from the mean over its own rows; filters are masks, not
+        indexing, so that no step waits for the device; the anchor's gradient is written out. A layer that gets one value
+        per channel uses the source's statistics there; theirs raises an error.
+
+    >>> from torch import nn
+    >>> net = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)))
+    >>> eata = EATA(net, classes=10, config=EATAConfig(anchor="l2"))
+    >>> eata.init().params.shape
+    torch.Size([8])
+    """
+
+    site: Site = "norm"
+
+    def __init__(
+        self, network: Network, classes: int, prior: EATAPrior | None = None, config: EATAConfig | None = None
+    ) -> None:
+        config = config or EATAConfig()
+        if not network.channels:
+            raise UnsupportedModel(
+                "EATA adapts normalisation layers, and this model has none that it knows (BatchNorm1d, BatchNorm2d, "
+                "GroupNorm, LayerNorm over the last dimension)"
+            )
+        if config.statistics == "evidence" and not network.has_statistics:
+            config = replace(config, statistics="batch")  # nothing to pool: each row has its own
+        self.network = network
+        self.classes = classes
+        self.config = config
+        self.entropy_margin = 0.4 * math.log(classes) if config.entropy_margin is None else config.entropy_margin
+        self.redundancy_margin = (
+            redundancy_margin(classes) if config.redundancy_margin is None else config.redundancy_margin
+        )
+        self.source_params = torch.cat([network.scale, network.shift])
+        self.importance = self._importance(prior)
+
+    def _importance(self, prior: EATAPrior | None) -> Tensor | float:
+        if self.config.anchor == "none" or self.config.anchor_weight == 0:
+            return 0.0
+        if self.config.anchor == "l2":
+            return 1.0
+        if prior is None:
+            raise AdapterError("the Fisher anchor needs a prior (the Fisher diagonal); or choose the anchor 'l2' or 'none'")
+        if prior.fisher.shape != self.source_params.shape:
+            raise AdapterError(
+                f"the prior holds {prior.fisher.numel()} Fisher values, this model has {self.source_params.numel()} "
+                "normalisation parameters: the prior belongs to another model"
+            )
+        return prior.fisher.to(self.source_params)
+
+    def init(self) -> EATAState:
+        zero = torch.zeros((), dtype=torch.int64, device=self.source_params.device)
+        return EATAState(
+            params=self.source_params.clone(),
+            mean=self.network.mean.clone(),
+            var=self.network.var.clone(),
+            images=self.source_params.new_zeros(()),
+            mean_probs=self.source_params.new_zeros(self.classes),
+            optimizer=optim.init(self.config.optimizer, self.source_params),
+            seen=zero,
+            reliable=zero.clone(),
+            selected=zero.clone(),
+        )
+
+    def modulate(self, states: EATAState, rows: Tensor, groups: Groups) -> Modulation:
+        """How to answer these requests: what a request gets follows from its own rows and state alone."""
+        return self._modulation(states.params, states, rows, groups, own_min_rows=MOMENTS_MIN_ROWS)
+
+    def _modulation(
+        self, params: Tensor, states: EATAState, rows: Tensor, groups: Groups, own_min_rows: int
+    ) -> Modulation:
+        scale, shift = params.chunk(2, dim=1)
+        if self.config.statistics == "batch":
+            return Modulation(scale, shift, states.mean, states.var, rows, groups, Statistics.OWN)
+        mean, var = self._known(states)
+        if max(groups.sizes) < own_min_rows:
+            return Modulation(scale, shift, mean, var, rows, groups, Statistics.KNOWN)
+        sizes = torch.tensor([n if n >= own_min_rows else 0 for n in groups.sizes], dtype=mean.dtype, device=mean.device)
+        own = sizes / (sizes + states.images[groups.of_rows(rows)] + self.config.source_images)
+        return Modulation(scale, shift, mean, var, rows, groups, Statistics.BLEND, own)
+
+    def _known(self, states: EATAState) -> Moments:
+        """Source ⊕ stream, [S, P]: what is known before a request is seen."""
+        source = Moments(self.network.mean.expand_as(states.mean), self.network.var.expand_as(states.var))
+        source_images = torch.full_like(states.images, self.config.source_images)
+        return pool(source, source_images, Moments(states.mean, states.var), states.images)
+
+    def adapt(self, states: EATAState, rows: Tensor, batch: Batch) -> tuple[EATAState, Report]:
+        """One step of every stream in the batch, from the rows of weight > 0."""
+        params = states.params.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self.network(batch.x, self._modulation(params, states, rows, batch.groups, own_min_rows=1))
+            entropy = losses.entropy(output.logits)
+            probs = output.logits.detach().softmax(dim=1)
+            choice = self._select(states, rows, entropy.detach(), probs, batch.weights)
+            # exp(E_0 − H), held constant (Eq. 2 and 3); masked rows first, so that no overflow reaches the sum
+            factor = torch.where(choice.selected, batch.weights / (entropy.detach() - self.entropy_margin).exp(), 0.0)
+            per_row = factor * torch.where(choice.selected, entropy, 0.0)
+            loss = (_sum_by_state(per_row, rows, states.seen) / choice.selected_count.clamp(min=1)).sum()
+            (grad,) = torch.autograd.grad(loss, params)
+        grad = grad + anchors.gradient(states.params, self.source_params, self.importance, self.config.anchor_weight)
+        applied = choice.selected_count > 0
+        new_params, new_optimizer = self._step(states, grad)
+        new = states._replace(
+            params=torch.where(applied.unsqueeze(1), new_params, states.params),
+            optimizer=optim.OptimizerState(
+                step=torch.where(applied, new_optimizer.step, states.optimizer.step),
+                first=torch.where(applied.unsqueeze(1), new_optimizer.first, states.optimizer.first),
+                second=torch.where(applied.unsqueeze(1), new_optimizer.second, states.optimizer.second),
+            ),
+            mean_probs=self._new_mean_probs(states, rows, probs, choice),
+            seen=states.seen + choice.seen_count,
+            reliable=states.reliable + choice.reliable_count,
+            selected=states.selected + choice.selected_count,
+        )
+        if output.moments is not None:
+            new = self._pool_statistics(new, rows, batch.groups, choice.seen, output.moments)
+        seen_entropy = torch.where(choice.seen, entropy.detach(), 0.0)
+        report = Report(
+            seen=choice.seen_count,
+            reliable=choice.reliable_count,
+            selected=choice.selected_count,
+            entropy=_sum_by_state(seen_entropy, rows, states.seen) / choice.seen_count.clamp(min=1),
+            applied=applied,
+            refused=torch.zeros_like(applied),
+        )
+        return new, report
+
+    def _select(self, states: EATAState, rows: Tensor, entropy: Tensor, probs: Tensor, weights: Tensor) -> "_Choice":
+        """The two filters of section 4.1, as masks. A comparison with NaN is false: such a row is never selected."""
+        seen = weights > 0
+        reliable = seen & (entropy < self.entropy_margin)
+        similarity = functional.cosine_similarity(states.mean_probs[rows], probs, dim=1).abs()
+        first = states.selected[rows] == 0  # no mean yet: nothing is redundant
+        selected = reliable & (first | (similarity < self.redundancy_margin))
+
+        def count(mask: Tensor) -> Tensor:
+            return _sum_by_state(mask.to(torch.int64), rows, states.seen)
+
+        return _Choice(seen, reliable, selected, count(seen), count(reliable), count(selected))
+
+    def _new_mean_probs(self, states: EATAState, rows: Tensor, probs: Tensor, choice: "_Choice") -> Tensor:
+        """`m^t = 0.9 m^{t−1} + 0.1 · mean of the selected` (Eq. 4), or that mean itself the first time."""
+        chosen = torch.where(choice.selected.unsqueeze(1), probs, 0.0)
+        mean = _sum_by_state(chosen, rows, states.seen) / choice.selected_count.clamp(min=1).unsqueeze(1)
+        decay = torch.where(states.selected == 0, 0.0, self.config.mean_probs_decay).unsqueeze(1)
+        moved = decay * states.mean_probs + (1 - decay) * mean
+        return torch.where((choice.selected_count > 0).unsqueeze(1), moved, states.mean_probs)
+
+    def _step(self, states: EATAState, grad: Tensor) -> tuple[Tensor, optim.OptimizerState]:
+        rate = self.config.learning_rate
+        if self.config.optimizer == "adam":
+            return optim.adam(states.optimizer, states.params, grad, learning_rate=rate)
+        return optim.sgd(states.optimizer, states.params, grad, learning_rate=rate, momentum=self.config.momentum)
+
+    def _pool_statistics(
+        self, states: EATAState, rows: Tensor, groups: Groups, seen: Tensor, moments: Moments
+    ) -> EATAState:
+        """Take the requests' statistics into their streams': pooled by images, the past capped."""
+        of_group = groups.of_rows(rows)
+        images = states.images.new_zeros(len(groups.sizes)).index_add(0, groups.index, seen.to(states.images.dtype))
+        total = _sum_by_state(images, of_group, states.seen)
+        share = (images / total.clamp(min=1)[of_group]).unsqueeze(1)
+        mean = _sum_by_state(share * moments.mean, of_group, states.seen)
+        between = (moments.mean - mean[of_group]).square()
+        var = _sum_by_state(share * (moments.var + between), of_group, states.seen)
+        pooled = pool(Moments(states.mean, states.var), states.images, Moments(mean, var), total)
+        return states._replace(
+            mean=pooled.mean,
+            var=pooled.var,
+            images=(states.images + total).clamp(max=self.config.stream_images_max),
+        )
+
+
+class _Choice(NamedTuple):
+    """Which rows pass the filters, bool [B], and how many of each state's, int64 [S]."""
+
+    seen: Tensor
+    reliable: Tensor
+    selected: Tensor
+    seen_count: Tensor
+    reliable_count: Tensor
+    selected_count: Tensor
+
+
+def _sum_by_state(values: Tensor, rows: Tensor, states: Tensor) -> Tensor:
+    """Sum [B, …] over the rows of each state: [S, …]; `states` is any field [S]."""
+    return values.new_zeros(states.shape[0], *values.shape[1:]).index_add(0, rows, values)

@@ -1,0 +1,297 @@
+"""A frozen network whose normalisation layers do, row by row, what a `Modulation` says.
+
+The layers are replaced once, when a `Network` is built, by ones that share the frozen tensors. What a forward shall do
+travels beside it in a thread-local slot, so that a predicting and a learning thread use one network at the same time, and
+nothing is copied or swapped in and out.
+
+Batch-norm with statistics that are known before the forward is `y = a·x + b` per channel, with `a = γ/√(σ² + ε)` and
+`b = β − a·μ`: one forward then serves any mix of streams, each row with its own stream's `a` and `b`.
+
+References:
+    Ioffe & Szegedy, arXiv 1502.03167; Chan, Golub & LeVeque 1979 for the pooling of means and variances.
+"""
+
+import enum
+import threading
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.base import Groups, Moments, Output
+
+
+class Statistics(enum.Enum):
+    """Where batch-norm's mean and variance come from. Chosen on the host, one for a whole forward."""
+
+    KNOWN = "known"  # the table's: nothing is measured on the batch
+    OWN = "own"  # each request's own rows
+    BLEND = "blend"  # the table's and the request's own rows, in the share that `own` gives
+
+
+class Modulation(NamedTuple):
+    """What all normalisation layers shall do in one forward. Channels of all layers lie end to end: P in all."""
+
+    scale: Tensor  # γ, [S, P]
+    shift: Tensor  # β, [S, P]
+    mean: Tensor  # μ, [S, P]; read unless statistics are OWN
+    var: Tensor  # σ², [S, P]; read unless statistics are OWN
+    rows: Tensor  # int64 [B]: which of the S rows each row of the batch uses
+    groups: Groups
+    statistics: Statistics
+    own: Tensor | None = None  # [G], share of the request's own rows in the statistics, 0 … 1; for BLEND
+
+
+class _Slot(threading.local):
+    """What the forward that runs in this thread was told, and what it leaves behind."""
+
+    modulation: Modulation | None = None
+    moments: list[tuple[Tensor, Tensor]] | None = None
+    features: Tensor | None = None
+
+
+class Network:
+    """A frozen network that takes a `Modulation` beside its input.
+
+    Takes the model over: puts it in evaluation mode, freezes it and replaces its normalisation layers
+    (`BatchNorm1d/2d`, `GroupNorm`, and `LayerNorm` over the last dimension) with ones that share their tensors.
+
+    Args:
+        model: maps [B, …] to logits [B, C].
+
+    Attributes:
+        channels: P, the channels of all normalisation layers together; 0 where there is none to adapt.
+        scale, shift, mean, var: the source's γ, β, μ and σ², each [P].
+        has_statistics: whether any layer keeps running statistics (batch-norm).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slot = _Slot()
+        self.model = model.eval().requires_grad_(False)
+        layers = _replace_layers(model, self._slot)
+        self.channels = sum(layer.channels for layer in layers)
+        self.has_statistics = any(isinstance(layer, _BatchNorm) for layer in layers)
+        empty = torch.zeros(0)
+        self.scale = torch.cat([layer.scale for layer in layers] or [empty])
+        self.shift = torch.cat([layer.shift for layer in layers] or [empty])
+        self.mean = torch.cat([layer.mean for layer in layers] or [empty])
+        self.var = torch.cat([layer.var for layer in layers] or [empty])
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if heads:
+            heads[-1].register_forward_pre_hook(self._keep_features)
+
+    def __call__(self, x: Tensor, modulation: Modulation | None = None) -> Output:
+        """One forward; without a modulation it is the frozen network's.
+
+        Args:
+            x: [B, …].
+            modulation: for the same B rows.
+
+        Returns:
+            Logits [B, C]; `moments` where the modulation asks for BLEND.
+        """
+        slot = self._slot
+        slot.modulation, slot.features = modulation, None
+        slot.moments = [] if modulation and modulation.statistics is Statistics.BLEND else None
+        try:
+            logits = self.model(x)
+            moments = None
+            if slot.moments:
+                means, variances = zip(*slot.moments, strict=True)
+                moments = Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1))
+            return Output(logits, slot.features, moments)
+        finally:
+            slot.modulation = slot.moments = slot.features = None
+
+    def _keep_features(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._slot.features = args[0]
+
+
+class _Layer(nn.Module):
+    """A normalisation layer with C channels, which own the slice `first … first + C` of the P channels."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, layer: nn.Module, channels: int, first: int, eps: float, slot: _Slot) -> None:
+        super().__init__()
+        self.channels = channels
+        self.slice = slice(first, first + channels)
+        self.eps = eps
+        self.slot = slot
+        like = next(iter([*layer.parameters(), *layer.buffers()]), torch.zeros(0))
+        ones = torch.ones(channels, dtype=like.dtype if like.is_floating_point() else torch.float32, device=like.device)
+        # getattr: a layer built without affine parameters or running statistics holds None there
+        for name, source, default in (
+            ("scale", "weight", ones),
+            ("shift", "bias", torch.zeros_like(ones)),
+            ("mean", "running_mean", torch.zeros_like(ones)),
+            ("var", "running_var", ones),
+        ):
+            tensor = getattr(layer, source, None)
+            self.register_buffer(name, (default if tensor is None else tensor).detach(), persistent=False)
+
+
+class _BatchNorm(_Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        told = self.slot.modulation
+        if told is None:
+            return functional.batch_norm(x, self.mean, self.var, self.scale, self.shift, eps=self.eps)
+        if told.statistics is Statistics.KNOWN:
+            return self._known(x, told)
+        if told.statistics is Statistics.OWN:
+            return self._own(x, told)
+        return self._blended(x, told)
+
+    def _known(self, x: Tensor, told: Modulation) -> Tensor:
+        scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
+        mean, var = told.mean[:, self.slice], told.var[:, self.slice]
+        if scale.shape[0] == 1:
+            return functional.batch_norm(x, mean[0], var[0], scale[0], shift[0], eps=self.eps)
+        return _affine(x, mean, var, told.rows, scale, shift, told.rows, self.eps)
+
+    def _own(self, x: Tensor, told: Modulation) -> Tensor:
+        scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
+        values = x[0, 0].numel() if x.dim() > 2 else 1  # a row's values per channel
+        enough = [rows * values > 1 for rows in told.groups.sizes]
+        if scale.shape[0] == 1 and enough == [True]:
+            return functional.batch_norm(x, None, None, scale[0], shift[0], training=True, eps=self.eps)
+        mean, var = _own_statistics(x, told.groups)
+        if not all(enough):
+            # One value per channel has no variance; the source's statistics are all that is known about it.
+            share = torch.tensor(enough, dtype=x.dtype, device=x.device).unsqueeze(1)
+            mean, var = _blend((self.mean, self.var), (mean, var), share)
+        return _affine(x, mean, var, told.groups.index, scale, shift, told.rows, self.eps)
+
+    def _blended(self, x: Tensor, told: Modulation) -> Tensor:
+        assert self.slot.moments is not None and told.own is not None
+        own = _own_statistics(x, told.groups)
+        self.slot.moments.append((own[0].detach(), own[1].detach()))
+        of_group = told.groups.of_rows(told.rows)
+        known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
+        mean, var = _blend(known, own, told.own.unsqueeze(1))
+        scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
+        return _affine(x, mean, var, told.groups.index, scale, shift, told.rows, self.eps)
+
+
+class _GroupNorm(_Layer):
+    """Statistics are each row's own whatever happens; only scale and shift are the stream's."""
+
+    def __init__(self, layer: nn.GroupNorm, first: int, slot: _Slot) -> None:
+        super().__init__(layer, layer.num_channels, first, layer.eps, slot)
+        self.groups = layer.num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.group_norm(x, self.groups, eps=self.eps)
+        scale, shift = self.scale, self.shift
+        if told := self.slot.modulation:
+            scale, shift = told.scale[told.rows, self.slice], told.shift[told.rows, self.slice]
+            _no_moments(self.slot, told.groups, self.scale)
+        return _per_channel(scale, x) * y + _per_channel(shift, x)
+
+
+class _LayerNorm(_Layer):
+    """As `_GroupNorm`, over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.layer_norm(x, (self.channels,), eps=self.eps)
+        scale, shift = self.scale, self.shift
+        if told := self.slot.modulation:
+            shape = (x.shape[0], *[1] * (x.dim() - 2), self.channels)
+            scale = told.scale[told.rows, self.slice].view(shape)
+            shift = told.shift[told.rows, self.slice].view(shape)
+            _no_moments(self.slot, told.groups, self.scale)
+        return scale * y + shift
+
+
+def _replace_layers(model: nn.Module, slot: _Slot) -> list[_Layer]:
+    """Replace every layer that can be modulated, in the order of registration."""
+    found: list[_Layer] = []
+    replaced: dict[int, _Layer] = {}  # a layer that is used in two places stays one layer
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) not in replaced:
+                layer = _layer_for(child, sum(each.channels for each in found), slot)
+                if layer is None:
+                    continue
+                found.append(layer)
+                replaced[id(child)] = layer
+            setattr(parent, name, replaced[id(child)])
+    return found
+
+
+def _layer_for(layer: nn.Module, first: int, slot: _Slot) -> _Layer | None:
+    # Exact types: a subclass may compute something else (torchvision's LayerNorm2d permutes), and then stays frozen.
+    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        batch_norm = cast(nn.BatchNorm2d, layer)
+        if batch_norm.running_mean is None:
+            return None  # it has no source statistics: it already uses the batch's, whatever we would say
+        return _BatchNorm(batch_norm, batch_norm.num_features, first, batch_norm.eps, slot)
+    if type(layer) is nn.GroupNorm:
+        return _GroupNorm(layer, first, slot)
+    if type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1:
+        return _LayerNorm(layer, layer.normalized_shape[0], first, layer.eps, slot)
+    return None
+
+
+def _per_channel(table: Tensor, x: Tensor) -> Tensor:
+    """View [C] or [B, C] so that it broadcasts over x, [B, C, …]."""
+    return table.view(*table.shape, *[1] * (x.dim() - 2))
+
+
+def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every request at every channel, [G, C] each; gradients flow through both."""
+    spatial = list(range(2, x.dim()))
+    if len(groups.sizes) == 1:
+        var, mean = torch.var_mean(x, [0, *spatial], correction=0)
+        return mean.unsqueeze(0), var.unsqueeze(0)
+    sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
+
+    def mean_by_group(per_row: Tensor) -> Tensor:
+        return per_row.new_zeros(len(groups.sizes), per_row.shape[1]).index_add(0, groups.index, per_row) / sizes
+
+    mean = mean_by_group(x.mean(spatial) if spatial else x)
+    # two passes: E[x²] − E[x]² loses every digit where the mean is large
+    centred = (x - _per_channel(mean[groups.index], x)).square()
+    return mean, mean_by_group(centred.mean(spatial) if spatial else centred)
+
+
+def _blend(
+    known: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture: `share` of `own`, the rest of `known` (Chan et al., eq. 2.1)."""
+    between = own[0] - known[0]
+    mean = known[0] + share * between
+    var = (1 - share) * known[1] + share * own[1] + share * (1 - share) * between.square()
+    return mean, var
+
+
+def pool(known: Moments, known_images: Tensor, new: Moments, new_images: Tensor) -> Moments:
+    """Pool two sets of statistics, [S, P] each, in proportion to the images behind them, [S] each.
+
+    >>> a, b = Moments(torch.zeros(1, 1), torch.zeros(1, 1)), Moments(torch.ones(1, 1), torch.zeros(1, 1))
+    >>> pool(a, torch.ones(1), b, torch.ones(1))
+    Moments(mean=tensor([[0.5000]]), var=tensor([[0.2500]]))
+    """
+    share = (new_images / (known_images + new_images).clamp(min=1)).unsqueeze(1)
+    return Moments(*_blend(known, new, share))
+
+
+def _affine(
+    x: Tensor, mean: Tensor, var: Tensor, stat_rows: Tensor, scale: Tensor, shift: Tensor, rows: Tensor, eps: float
+) -> Tensor:
+    """`γ·(x − μ)/√(σ² + ε) + β` as `a·x + b`, with the statistics of `stat_rows` and the parameters of `rows`."""
+    inverse = torch.rsqrt(var + eps)
+    a = scale[rows] * inverse[stat_rows]
+    b = shift[rows] - a * mean[stat_rows]
+    return torch.addcmul(_per_channel(b, x), _per_channel(a, x), x)
+
+
+def _no_moments(slot: _Slot, groups: Groups, like: Tensor) -> None:
+    """Keep the place of a layer without statistics in the list of moments."""
+    if slot.moments is not None:
+        zeros = like.new_zeros(len(groups.sizes), like.shape[0])
+        slot.moments.append((zeros, zeros + 1))
