@@ -49,11 +49,11 @@ def fisher_diagonal(network: Network, batches: Iterable[Tensor]) -> Tensor:
     total, count = torch.zeros(2 * network.channels, device=network.scale.device), 0
     for x in batches:
         params = torch.cat([network.scale, network.shift]).requires_grad_()
-        scale, shift = params.unsqueeze(0).chunk(2, dim=1)
         rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         groups = Groups.of((len(x),), x.device)
-        modulation = Modulation(scale, shift, scale, shift, rows, groups, Statistics.OWN)
-        with torch.enable_grad():
+        with torch.enable_grad():  # also where the caller has switched gradients off
+            scale, shift = params.unsqueeze(0).chunk(2, dim=1)
+            modulation = Modulation(scale, shift, scale, shift, rows, groups, Statistics.OWN)
             logits = network(x, modulation).logits
             loss = functional.cross_entropy(logits, logits.argmax(dim=1))
             (grad,) = torch.autograd.grad(loss, params)

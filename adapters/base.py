@@ -50,7 +50,7 @@ class UnsupportedModel(AdapterError):
 class Groups(NamedTuple):
     """Which request each row of a batch came in. Sizes are known on the host, so that no device is waited for."""
 
-    index: Tensor  # int64 [B]: the request's number, 0 ≤ index < G
+    index: Tensor  # type: ignore[assignment]  # int64 [B]: the request's number, 0 ≤ index < G
     sizes: tuple[int, ...]  # rows of each of the G requests
 
     @classmethod

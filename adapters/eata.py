@@ -130,7 +130,9 @@ class EATA:
         if self.config.anchor == "l2":
             return 1.0
         if prior is None:
-            raise AdapterError("the Fisher anchor needs a prior (the Fisher diagonal); or choose the anchor 'l2' or 'none'")
+            raise AdapterError(
+                "the Fisher anchor needs a prior (the Fisher diagonal); or choose the anchor 'l2' or 'none'"
+            )
         if prior.fisher.shape != self.source_params.shape:
             raise AdapterError(
                 f"the prior holds {prior.fisher.numel()} Fisher values, this model has {self.source_params.numel()} "
@@ -165,7 +167,9 @@ class EATA:
         mean, var = self._known(states)
         if max(groups.sizes) < own_min_rows:
             return Modulation(scale, shift, mean, var, rows, groups, Statistics.KNOWN)
-        sizes = torch.tensor([n if n >= own_min_rows else 0 for n in groups.sizes], dtype=mean.dtype, device=mean.device)
+        sizes = torch.tensor(
+            [n if n >= own_min_rows else 0 for n in groups.sizes], dtype=mean.dtype, device=mean.device
+        )
         own = sizes / (sizes + states.images[groups.of_rows(rows)] + self.config.source_images)
         return Modulation(scale, shift, mean, var, rows, groups, Statistics.BLEND, own)
 
@@ -233,7 +237,7 @@ class EATA:
         """`m^t = 0.9 m^{t−1} + 0.1 · mean of the selected` (Eq. 4), or that mean itself the first time."""
         chosen = torch.where(choice.selected.unsqueeze(1), probs, 0.0)
         mean = _sum_by_state(chosen, rows, states.seen) / choice.selected_count.clamp(min=1).unsqueeze(1)
-        decay = torch.where(states.selected == 0, 0.0, self.config.mean_probs_decay).unsqueeze(1)
+        decay = self.config.mean_probs_decay * (states.selected > 0).to(mean.dtype).unsqueeze(1)
         moved = decay * states.mean_probs + (1 - decay) * mean
         return torch.where((choice.selected_count > 0).unsqueeze(1), moved, states.mean_probs)
 

@@ -47,7 +47,7 @@ class _Slot(threading.local):
     """What the forward that runs in this thread was told, and what it leaves behind."""
 
     modulation: Modulation | None = None
-    moments: list[tuple[Tensor, Tensor]] | None = None
+    moments: dict[int, list[tuple[Tensor, Tensor]]] | None = None  # by a layer's first channel: one pair a call
     features: Tensor | None = None
 
 
@@ -69,7 +69,7 @@ class Network:
     def __init__(self, model: nn.Module) -> None:
         self._slot = _Slot()
         self.model = model.eval().requires_grad_(False)
-        layers = _replace_layers(model, self._slot)
+        self._layers = layers = _replace_layers(model, self._slot)
         self.channels = sum(layer.channels for layer in layers)
         self.has_statistics = any(isinstance(layer, _BatchNorm) for layer in layers)
         empty = torch.zeros(0)
@@ -93,16 +93,28 @@ class Network:
         """
         slot = self._slot
         slot.modulation, slot.features = modulation, None
-        slot.moments = [] if modulation and modulation.statistics is Statistics.BLEND else None
+        slot.moments = {} if modulation and modulation.statistics is Statistics.BLEND else None
         try:
             logits = self.model(x)
-            moments = None
-            if slot.moments:
-                means, variances = zip(*slot.moments, strict=True)
-                moments = Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1))
+            moments = self._collect(slot.moments, len(modulation.groups.sizes)) if modulation and slot.moments else None
             return Output(logits, slot.features, moments)
         finally:
             slot.modulation = slot.moments = slot.features = None
+
+    def _collect(self, measured: dict[int, list[tuple[Tensor, Tensor]]], requests: int) -> Moments:
+        """What the layers measured, in the order of their channels, whatever the order in which they ran.
+
+        A layer that ran twice has the mixture of both; one that did not run or keeps no statistics, the source's.
+        """
+        pairs = []
+        for layer in self._layers:
+            source = (layer.mean.expand(requests, -1), layer.var.expand(requests, -1))
+            first, *others = measured.get(layer.slice.start, [source])
+            for number, other in enumerate(others, start=2):
+                first = _blend(first, other, 1 / number)
+            pairs.append(first)
+        means, variances = zip(*pairs, strict=True)
+        return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1))
 
     def _keep_features(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._slot.features = args[0]
@@ -169,7 +181,7 @@ class _BatchNorm(_Layer):
     def _blended(self, x: Tensor, told: Modulation) -> Tensor:
         assert self.slot.moments is not None and told.own is not None
         own = _own_statistics(x, told.groups)
-        self.slot.moments.append((own[0].detach(), own[1].detach()))
+        self.slot.moments.setdefault(self.slice.start, []).append((own[0].detach(), own[1].detach()))
         of_group = told.groups.of_rows(told.rows)
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
         mean, var = _blend(known, own, told.own.unsqueeze(1))
@@ -189,7 +201,6 @@ class _GroupNorm(_Layer):
         scale, shift = self.scale, self.shift
         if told := self.slot.modulation:
             scale, shift = told.scale[told.rows, self.slice], told.shift[told.rows, self.slice]
-            _no_moments(self.slot, told.groups, self.scale)
         return _per_channel(scale, x) * y + _per_channel(shift, x)
 
 
@@ -203,7 +214,6 @@ class _LayerNorm(_Layer):
             shape = (x.shape[0], *[1] * (x.dim() - 2), self.channels)
             scale = told.scale[told.rows, self.slice].view(shape)
             shift = told.shift[told.rows, self.slice].view(shape)
-            _no_moments(self.slot, told.groups, self.scale)
         return scale * y + shift
 
 
@@ -212,7 +222,11 @@ def _replace_layers(model: nn.Module, slot: _Slot) -> list[_Layer]:
     found: list[_Layer] = []
     replaced: dict[int, _Layer] = {}  # a layer that is used in two places stays one layer
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            continue  # its fast path reads the tensors of its norms and never calls them
+        for name, child in list(parent._modules.items()):  # named_children leaves out a layer's second name
+            if child is None:
+                continue
             if id(child) not in replaced:
                 layer = _layer_for(child, sum(each.channels for each in found), slot)
                 if layer is None:
@@ -259,9 +273,7 @@ def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     return mean, mean_by_group(centred.mean(spatial) if spatial else centred)
 
 
-def _blend(
-    known: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: Tensor | float
-) -> tuple[Tensor, Tensor]:
+def _blend(known: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: Tensor | float) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture: `share` of `own`, the rest of `known` (Chan et al., eq. 2.1)."""
     between = own[0] - known[0]
     mean = known[0] + share * between
@@ -288,10 +300,3 @@ def _affine(
     a = scale[rows] * inverse[stat_rows]
     b = shift[rows] - a * mean[stat_rows]
     return torch.addcmul(_per_channel(b, x), _per_channel(a, x), x)
-
-
-def _no_moments(slot: _Slot, groups: Groups, like: Tensor) -> None:
-    """Keep the place of a layer without statistics in the list of moments."""
-    if slot.moments is not None:
-        zeros = like.new_zeros(len(groups.sizes), like.shape[0])
-        slot.moments.append((zeros, zeros + 1))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from adapters.base import Batch, Groups, Report, Site
@@ -28,10 +29,9 @@ class Source:
         return SourceState()
 
     def modulate(self, states: SourceState, rows: Tensor, groups: Groups) -> Modulation:
-        network = self.network
-        source = (network.scale, network.shift, network.mean, network.var)
-        tables = (tensor.unsqueeze(0) for tensor in source)
-        return Modulation(*tables, rows=rows.new_zeros(rows.shape), groups=groups, statistics=Statistics.KNOWN)
+        source = (self.network.scale, self.network.shift, self.network.mean, self.network.var)
+        scale, shift, mean, var = (tensor.unsqueeze(0) for tensor in source)
+        return Modulation(scale, shift, mean, var, torch.zeros_like(rows), groups, Statistics.KNOWN)
 
     def adapt(self, states: SourceState, rows: Tensor, batch: Batch) -> tuple[SourceState, Report]:
         return states, Report.empty(int(rows.max()) + 1 if rows.numel() else 0, rows.device)

@@ -1,0 +1,38 @@
+# `make demo` and `make test` are the README's two commands; each makes .venv when there is none.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check format lint types arrows clean
+
+demo: .venv/ready
+	$(BIN)/tta-serve demo
+
+test: .venv/ready
+	$(BIN)/pytest -m "not real"
+
+test-all: .venv/ready
+	$(BIN)/pytest
+
+check: format lint types arrows
+
+format: .venv/ready
+	$(BIN)/ruff format --check .
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+arrows: .venv/ready
+	$(BIN)/lint-imports
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --group load --editable .
+	touch $@
+
+clean:
+	rm -rf .venv

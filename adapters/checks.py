@@ -1,0 +1,408 @@
+"""The laws of every adapter (`base.py`, in prose), as a suite to run on your own.
+
+`check_adapter` takes a way to build a pipeline and some images, plays a batch of four requests of two streams on a
+table of four states, and raises an `AssertionError` that names the first law broken. One function a law; its docstring
+is the law.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters import tree
+from adapters.base import Batch, Groups, Output, Pipeline, PipelineState, Report
+
+STREAMS = (2, 0, 2, 0)  # whose request each of the four is; of the table's rows 0 … 3, 1 and 3 stay without data
+ACTIVE, IDLE = (0, 2), (1, 3)
+MIN_ROWS = 16  # requests of 8, 1, 3 and all other rows: on both sides of every threshold that an adapter may have
+
+
+def check_adapter(
+    make: Callable[[], Pipeline],
+    x: Tensor,
+    *,
+    targets: Tensor | None = None,
+    learns: bool = True,
+    guarded: bool = False,
+    tolerance: float = 1e-5,
+    laws: Sequence[str] | None = None,
+) -> None:
+    """Prove the laws of adapters on a pipeline.
+
+    Sums must come in one order for results to be equal bit by bit: run it on the CPU, with few rows or one thread.
+
+    Args:
+        make: builds the pipeline with the adapter at its site; called once for each law.
+        x: at least 16 rows, [B, …], different enough that every adapter that learns does learn from them.
+        targets: labels, for adapters that learn from feedback, [B, …].
+        learns: whether the adapter shall learn from `x`; a law too, for a suite in which nothing moves proves nothing.
+        guarded: whether the adapter promises finite states whatever it is given (`KeepFinite`).
+        tolerance: largest difference, absolute or relative, where laws allow one.
+        laws: names out of `LAWS`; None: all.
+
+    Raises:
+        AssertionError: a law is broken; says which, and by what.
+        ValueError: fewer than 16 rows, or a law that does not exist.
+
+    >>> from torch import nn
+    >>> from adapters import Network, Pipeline, Source
+    >>> def frozen() -> Pipeline:
+    ...     network = Network(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    ...     return Pipeline(network, norm=Source(network))
+    >>> check_adapter(frozen, torch.eye(4).repeat(4, 1), learns=False)
+    """
+    if len(x) < MIN_ROWS:
+        raise ValueError(f"the laws need at least {MIN_ROWS} rows, not {len(x)}")
+    for name in LAWS if laws is None else laws:
+        if name not in _LAWS:
+            raise ValueError(f"no law is called {name!r}; there are: {', '.join(LAWS)}")
+        law = _LAWS[name]
+        try:
+            law(_case(make, x, targets, learns, guarded, tolerance))
+        except Exception as error:
+            found = str(error) if isinstance(error, AssertionError) else repr(error)
+            raise AssertionError(
+                f"law {name!r} is broken: {' '.join((law.__doc__ or '').split())} Found: {found}"
+            ) from error
+
+
+class _Case(NamedTuple):
+    """A pipeline, and a table of four states of which 0 and 1 have learned already and 2 and 3 are new."""
+
+    pipeline: Pipeline
+    states: PipelineState
+    x: Tensor
+    targets: Tensor | None
+    learns: bool
+    guarded: bool
+    tolerance: float
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (8, 1, 3, len(self.x) - 12)
+
+
+def _case(
+    make: Callable[[], Pipeline], x: Tensor, targets: Tensor | None, learns: bool, guarded: bool, tolerance: float
+) -> _Case:
+    pipeline = make()
+    fresh = tree.stack([pipeline.init() for _ in range(4)])
+    case = _Case(pipeline, fresh, x, targets, learns, guarded, tolerance)
+    warm = case._replace(x=x.flip(0), targets=None if targets is None else targets.flip(0))
+    rows, batch = _play(warm, streams=(1, 0, 1, 0))
+    states, _ = pipeline.adapt(fresh, rows, batch)
+    return case._replace(states=states)
+
+
+def _play(
+    case: _Case,
+    requests: Sequence[int] = (0, 1, 2, 3),
+    *,
+    streams: Sequence[int] = STREAMS,
+    weights: Sequence[float] = (1, 1, 1, 1),
+) -> tuple[Tensor, Batch]:
+    """Rows and batch of some of the four requests: request g is `streams[g]`'s, and its rows weigh `weights[g]`."""
+    x, sizes = case.x, case.sizes
+    place = torch.cat([torch.arange(sum(sizes[:g]), sum(sizes[: g + 1])) for g in requests]).to(x.device)
+    counts = torch.tensor([sizes[g] for g in requests])
+    rows = torch.tensor([streams[g] for g in requests]).repeat_interleave(counts).to(x.device)
+    weight = torch.tensor([weights[g] for g in requests], dtype=x.dtype).repeat_interleave(counts).to(x.device)
+    groups = Groups.of(tuple(sizes[g] for g in requests), x.device)
+    output = case.pipeline.predict(case.states, rows, groups, x[place])
+    targets = None if case.targets is None else case.targets[place]
+    return rows, Batch(x[place], groups, weight, output, targets)
+
+
+def _adapt(case: _Case, **how: Any) -> tuple[PipelineState, Report]:
+    return case.pipeline.adapt(case.states, *_play(case, **how))
+
+
+def _predict(case: _Case, **how: Any) -> Output:
+    output = _play(case, **how)[1].output
+    assert output is not None
+    return output
+
+
+def _alone(case: _Case, stream: int) -> _Case:
+    """The same case with a table of one: that stream's state."""
+    return case._replace(states=tree.apply(lambda leaf: leaf[stream : stream + 1], case.states))
+
+
+def _init_is_constant(case: _Case) -> None:
+    """`init()` gives the same value bit for bit, before and after adapting: it is the reset."""
+    first = case.pipeline.init()
+    _adapt(case)
+    _same("init()", case.pipeline.init(), first)
+
+
+def _layout_is_kept(case: _Case) -> None:
+    """`adapt` gives a table of the same names, shapes and dtypes, without a graph, and a report of one length."""
+    new, report = _adapt(case)
+    old = dict(tree.leaves(case.states))
+    for name, leaf in tree.leaves(new):
+        before = old.pop(name, None)
+        _require(before is not None, f"{name} is new")
+        assert before is not None
+        now, then = (leaf.shape, leaf.dtype, leaf.device), (before.shape, before.dtype, before.device)
+        _require(now == then, f"{name} was {then}, is {now}")
+        _require(not leaf.requires_grad, f"{name} carries a graph")
+    _require(not old, f"{', '.join(old)} is gone")
+    lengths = {field.shape for field in report}
+    _require(len(lengths) == 1, f"the report's fields have shapes {lengths}")
+
+
+def _adapt_changes_no_argument(case: _Case) -> None:
+    """`adapt` changes neither its arguments nor anything reachable from the pipeline."""
+    rows, batch = _play(case)
+    everything = {"pipeline": case.pipeline, "states": case.states, "rows": rows, "batch": batch}
+    before = dict(_reachable(everything))
+    case.pipeline.adapt(case.states, rows, batch)
+    _unchanged(before, dict(_reachable(everything)))
+
+
+def _adapt_is_deterministic(case: _Case) -> None:
+    """`adapt` gives the same bits for the same arguments, and draws nothing from the global random generator."""
+    rows, batch = _play(case)
+    generator = torch.get_rng_state()
+    first = case.pipeline.adapt(case.states, rows, batch)
+    second = case.pipeline.adapt(case.states, rows, batch)
+    _same("the new states", second[0], first[0])
+    _same("the report", second[1], first[1])
+    _require(torch.equal(torch.get_rng_state(), generator), "the global random generator was drawn from")
+
+
+def _predict_is_pure(case: _Case) -> None:
+    """`predict` gives the same bits for the same arguments, changes nothing and leaves no graph."""
+    rows, batch = _play(case)
+    everything = {"pipeline": case.pipeline, "states": case.states, "rows": rows, "batch": batch}
+    before = dict(_reachable(everything))
+    first = case.pipeline.predict(case.states, rows, batch.groups, batch.x)
+    second = case.pipeline.predict(case.states, rows, batch.groups, batch.x)
+    _same("the answer", second.logits, first.logits)
+    _unchanged(before, dict(_reachable(everything)))
+    _require(not first.logits.requires_grad, "the answer carries a graph")
+
+
+def _streams_are_independent(case: _Case) -> None:
+    """A stream ends, and is reported, in a mixed batch as it is alone."""
+    mixed, report = _adapt(case)
+    for stream in ACTIVE:
+        own = [request for request, owner in enumerate(STREAMS) if owner == stream]
+        state, alone = _adapt(_alone(case, stream), requests=own, streams=(0, 0, 0, 0))
+        _near(f"stream {stream}", tree.row(mixed, stream), tree.row(state, 0), case.tolerance)
+        _near(f"the report on stream {stream}", tree.row(report, stream), tree.row(alone, 0), case.tolerance)
+
+
+def _idle_streams_keep_every_bit(case: _Case) -> None:
+    """Rows of the table without data keep their values bit for bit."""
+    new, _ = _adapt(case)
+    for stream in IDLE:
+        _same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
+
+
+def _answers_are_independent(case: _Case) -> None:
+    """A request's answer in a mixed batch is its answer alone."""
+    mixed = torch.split(_predict(case).logits, list(case.sizes))
+    for request, stream in enumerate(STREAMS):
+        alone = _predict(_alone(case, stream), requests=[request], streams=(0, 0, 0, 0))
+        _near(f"request {request}", mixed[request], alone.logits, case.tolerance)
+
+
+def _order_does_not_matter(case: _Case) -> None:
+    """Rows in another order get the same answers and teach the same."""
+    rows, batch = _play(case)
+    assert batch.output is not None
+    order = torch.arange(len(rows), device=rows.device)
+    order = torch.cat([order[1::2], order[::2].flip(0)])
+    groups = batch.groups._replace(index=batch.groups.index[order])
+    output = case.pipeline.predict(case.states, rows[order], groups, batch.x[order])
+    _near("the answers", output.logits, batch.output.logits[order], case.tolerance)
+    targets = None if batch.targets is None else batch.targets[order]
+    shuffled = Batch(batch.x[order], groups, batch.weights[order], output, targets)
+    expected, _ = case.pipeline.adapt(case.states, rows, batch)
+    new, _ = case.pipeline.adapt(case.states, rows[order], shuffled)
+    _near("the new states", new, expected, case.tolerance)
+
+
+def _weight_zero_teaches_nothing(case: _Case) -> None:
+    """Where every row weighs 0, all states keep every bit, and the report has seen nothing."""
+    new, report = _adapt(case, weights=(0, 0, 0, 0))
+    _same("the states", new, case.states)
+    _require(not (report.seen.any() or report.selected.any() or report.applied.any()), f"the report says {report}")
+
+
+def _weight_zero_is_absence(case: _Case) -> None:
+    """A request whose rows all weigh 0 might as well not be in the batch."""
+    new, _ = _adapt(case, weights=(1, 1, 0, 0))
+    expected, _ = _adapt(case, requests=(0, 1))
+    _near("the new states", new, expected, case.tolerance)
+
+
+def _one_row_is_enough(case: _Case) -> None:
+    """A batch of one row is answered and learned from with finite numbers, by a new stream and by an old one."""
+    for stream in ACTIVE:
+        single = {"requests": [1], "streams": (stream,) * 4}
+        logits = _predict(case, **single).logits
+        _require(len(logits) == 1 and bool(logits.isfinite().all()), f"stream {stream} is answered {logits}")
+        new, _ = _adapt(case, **single)
+        _require(_finite(new), f"the state of stream {stream} is not finite")
+
+
+def _nan_stays_where_it_is(case: _Case) -> None:
+    """Rows of NaN change no other request's answer and no other stream's state; a guarded state stays finite."""
+    x = case.x.clone()
+    x[9:12] = float("nan")  # the third request, of stream 2
+    poisoned = case._replace(x=x)
+    answers, expected = (torch.split(_predict(each).logits, list(case.sizes)) for each in (poisoned, case))
+    for request in (0, 1, 3):
+        _near(f"the answer to request {request}", answers[request], expected[request], case.tolerance)
+    new, clean = _adapt(poisoned)[0], _adapt(case)[0]
+    _near("stream 0", tree.row(new, 0), tree.row(clean, 0), case.tolerance)
+    for stream in IDLE:
+        _same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
+    _require(not case.guarded or _finite(new), "the guarded state of stream 2 is not finite")
+
+
+def _encoding_keeps_every_bit(case: _Case) -> None:
+    """A state, new or old, survives `tree.encode` and `tree.decode` bit for bit, as tensors that share no memory."""
+    like = case.pipeline.init()
+    for state in (like, *(tree.row(_adapt(case)[0], stream) for stream in range(4))):
+        tensors = tree.encode(state)
+        _require(len(tensors) == len(list(tree.leaves(state))), "two leaves have one name")
+        places = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
+        _require(len(set(places)) == len(places), "two leaves share their memory")
+        _same("the decoded state", tree.decode(like, tensors), state)
+
+
+def _device_and_dtype_come_from_tensors(case: _Case) -> None:
+    """Neither the default device nor the default dtype has a say in states and answers."""
+    rows, batch = _play(case)
+    states, _ = case.pipeline.adapt(case.states, rows, batch)
+    start, default = case.pipeline.init(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if default != torch.float64 else torch.float32)
+    try:
+        with torch.device("meta"):
+            new, report = case.pipeline.adapt(case.states, rows, batch)
+            output = case.pipeline.predict(case.states, rows, batch.groups, batch.x)
+            init = case.pipeline.init()
+    finally:
+        torch.set_default_dtype(default)
+    assert batch.output is not None
+    _same("init()", init, start)
+    _same("the new states", new, states)
+    _same("the answer", output.logits, batch.output.logits)
+    for name, field in tree.leaves(report):
+        _require(field.device == batch.x.device, f"the report's {name} is on {field.device}")
+
+
+def _learns_as_promised(case: _Case) -> None:
+    """Where the adapter shall learn, both streams with data do; where it shall not, no state moves."""
+    new, report = _adapt(case)
+    for stream in ACTIVE:
+        pairs = zip(tree.leaves(tree.row(new, stream)), tree.leaves(tree.row(case.states, stream)), strict=True)
+        moved = any(a.is_floating_point() and not _equal_bits(a, b) for (_, a), (_, b) in pairs)
+        _require(moved == case.learns, f"stream {stream} {'moved' if moved else 'did not move'}")
+        applied = bool(report.applied[stream])
+        _require(applied == case.learns, f"the report says that stream {stream} took {'a' if applied else 'no'} step")
+
+
+_LAWS: dict[str, Callable[[_Case], None]] = {
+    law.__name__.removeprefix("_"): law
+    for law in (
+        _init_is_constant,
+        _layout_is_kept,
+        _adapt_changes_no_argument,
+        _adapt_is_deterministic,
+        _predict_is_pure,
+        _streams_are_independent,
+        _idle_streams_keep_every_bit,
+        _answers_are_independent,
+        _order_does_not_matter,
+        _weight_zero_teaches_nothing,
+        _weight_zero_is_absence,
+        _one_row_is_enough,
+        _nan_stays_where_it_is,
+        _encoding_keeps_every_bit,
+        _device_and_dtype_come_from_tensors,
+        _learns_as_promised,
+    )
+}
+LAWS: tuple[str, ...] = tuple(_LAWS)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:  # not `assert`: the suite must also find faults under `python -O`
+        raise AssertionError(otherwise)
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(*(each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))
+
+
+def _pairs(what: str, found: Any, expected: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    left, right = dict(tree.leaves(found)), dict(tree.leaves(expected))
+    _require(left.keys() == right.keys(), f"{what} has leaves {list(left)}, not {list(right)}")
+    for name in left:
+        yield f"{what}.{name}" if name else what, left[name], right[name]
+
+
+def _same(what: str, found: Any, expected: Any) -> None:
+    for name, a, b in _pairs(what, found, expected):
+        _require(_equal_bits(a, b), f"{name} is {a}, not {b}")
+
+
+def _near(what: str, found: Any, expected: Any, tolerance: float) -> None:
+    for name, a, b in _pairs(what, found, expected):
+        near = a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+        _require(near, f"{name} is {a}, not {b}")
+
+
+def _finite(states: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for _, leaf in tree.leaves(states))
+
+
+def _reachable(root: object) -> Iterator[tuple[str, Tensor | str]]:
+    """Every tensor (copied) and plain value reachable through attributes and containers, by path; None is as absent."""
+    visited: set[int] = set()
+
+    def visit(path: str, thing: object) -> Iterator[tuple[str, Tensor | str]]:
+        if isinstance(thing, Tensor):
+            yield path, thing.detach().clone()
+            yield f"{path}.requires_grad", str(thing.requires_grad)
+            if thing.is_leaf and thing.grad is not None:
+                yield f"{path}.grad", thing.grad.clone()
+        elif isinstance(thing, torch.Generator):
+            yield path, thing.get_state()
+        elif isinstance(thing, bool | int | float | complex | str | bytes):
+            yield path, repr(thing)
+        elif thing is not None and not isinstance(thing, type) and id(thing) not in visited:
+            visited.add(id(thing))
+            for name, part in _parts(thing):
+                yield from visit(f"{path}.{name}", part)
+
+    return visit("", root)
+
+
+def _parts(thing: object) -> Iterator[tuple[str, object]]:
+    if isinstance(thing, Mapping):
+        yield from ((str(key), value) for key, value in thing.items())
+    elif isinstance(thing, tuple | list):
+        yield from zip(getattr(thing, "_fields", map(str, range(len(thing)))), thing, strict=True)
+    elif isinstance(thing, set | frozenset):
+        yield "members", repr(sorted(map(repr, thing)))
+    if hasattr(thing, "__dict__"):
+        yield from vars(thing).items()
+    for name in getattr(type(thing), "__slots__", ()):
+        if hasattr(thing, name):
+            yield name, getattr(thing, name)
+
+
+def _unchanged(before: dict[str, Tensor | str], after: dict[str, Tensor | str]) -> None:
+    for path in sorted(before.keys() | after.keys()):
+        a, b = before.get(path), after.get(path)
+        same = _equal_bits(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        _require(same, f"{path.removeprefix('.')} was {a}, is {b}")

@@ -1,0 +1,65 @@
+"""Every script tells how to run it, both as a file and as a module, from anywhere."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtests import errors
+from loadtests.report import ROOT
+
+SCRIPTS = ("replay_eata", "shift", "throughput")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_as_a_file_from_another_folder(script, tmp_path):
+    command = [sys.executable, str(ROOT / "loadtests" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"python loadtests/{script}.py" in done.stdout
+    assert "--json FILE" in done.stdout
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "loadtests.shift", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--protocol" in done.stdout
+
+
+def test_an_error_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "loadtests" / "shift.py"), "--data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "--data names the folder" in done.stderr
+
+
+def test_nothing_here_imports_the_server():
+    files = list(Path(errors.__file__).parent.glob("*.py"))
+    assert len(files) >= 13
+    for file in files:
+        assert "import tta_serve" not in file.read_text()
+        assert "from tta_serve" not in file.read_text()
+
+
+def test_a_termination_signal_unwinds(monkeypatch):
+    kept = signal.getsignal(signal.SIGTERM)
+    unwound = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            unwound.append(True)
+        return 0
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            errors.run(main)
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    assert end.value.code == 143
+    assert unwound

@@ -1,0 +1,5 @@
+"""`python -m tta_serve` is `tta-serve`."""
+
+from tta_serve.cli import main
+
+main()

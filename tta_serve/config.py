@@ -1,0 +1,323 @@
+"""The configuration file: YAML → frozen settings, validated in full, every problem reported at once with its line."""
+
+import os
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from tta_serve.errors import ConfigError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def _whole_number(value: object) -> object:
+    """YAML 1.1 reads 25e6 as text; a number of pixels may be written so all the same."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return value
+    return int(number) if number == int(number) else value
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path
+
+
+Count = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
+File = Annotated[Path, AfterValidator(_existing_file)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HTTPSettings(Settings):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class LimitSettings(Settings):
+    """What one request may hold."""
+
+    body_bytes: ByteSize = ByteSize(32 * 2**20)
+    image_pixels: Count = 25_000_000
+    images_per_request: Count = 256
+
+
+class AuthSettings(Settings):
+    """Names of the environment variables that hold the tokens."""
+
+    infer_token_env: str | None = None  # None: predictions are open to all who reach the port
+    admin_token_env: str = "TTA_ADMIN_TOKEN"  # noqa: S105  # unset: admin routes are closed
+
+
+class InputSettings(Settings):
+    """How an image becomes a tensor. Weights from torchvision and built-in models bring their own."""
+
+    size: tuple[Count, Count]  # height, width of the tensor
+    resize: Count | None = None  # shorter side before the centre crop to `size`; None: resize to `size` itself
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @model_validator(mode="after")
+    def _std_is_positive(self) -> "InputSettings":
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, not {list(self.std)}")
+        return self
+
+
+class SourceSettings(Settings):
+    """Where a model comes from: exactly one of three."""
+
+    builtin: Literal["digits", "noop"] | None = None
+    torchvision: str | None = Field(None, pattern=r"^[a-z0-9_]+$")
+    python: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")  # module:attribute, a factory
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "SourceSettings":
+        if len(self.model_fields_set) != 1:
+            raise ValueError("give exactly one of builtin, torchvision, python")
+        return self
+
+
+def _parse_source(value: object) -> object:
+    """`torchvision/resnet18` is short for `{torchvision: resnet18}`, and so on."""
+    if isinstance(value, str):
+        kind, slash, name = value.partition("/")
+        if not slash:
+            raise ValueError(
+                f"{value!r} is not a source; write torchvision/NAME, {{builtin: NAME}} or {{python: module:factory}}"
+            )
+        return {kind: name}
+    return value
+
+
+class EATASettings(Settings):
+    """Settings of the `eata` adapter; `auto` follows the number of classes. See adapters/eata.py."""
+
+    entropy_margin: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    redundancy_margin: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    anchor: Literal["fisher", "l2", "none"] = "fisher"
+    anchor_weight: float = Field(1.0, ge=0)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    source_images: float = Field(16.0, gt=0)
+    stream_images_max: float = Field(256.0, ge=0)
+
+
+class AdapterSettings(Settings):
+    """Which adapter stands around the model."""
+
+    eata: EATASettings | None = None
+    source: Literal[True] | None = None  # the frozen model
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "AdapterSettings":
+        if (self.eata is None) == (self.source is None):
+            raise ValueError("give exactly one adapter: eata: {…} or source: true")
+        return self
+
+
+def _parse_adapter(value: object) -> object:
+    """`eata` and `source` alone are short for the adapter with its defaults."""
+    if value == "eata":
+        return {"eata": {}}
+    if value == "source":
+        return {"source": True}
+    if isinstance(value, dict) and value.get("eata", ...) is None:
+        return {**value, "eata": {}}
+    return value
+
+
+class AdaptationSettings(Settings):
+    """When the adapter learns."""
+
+    mode: Literal["async", "sync"] = "async"  # answer first, or one request = one batch = one step, in order
+    budget: float = Field(0.3, ge=0.05, le=1)  # async: share of one core's (or device's) time for learning
+    step_rows: Count = 32  # async: a step waits for this many rows of a stream …
+    step_wait_s: float = Field(0.5, gt=0)  # … or until the oldest has waited this long
+    queue_rows: Count = 1024  # async: rows that may wait for the learner; the oldest give way
+
+
+class BatchingSettings(Settings):
+    """How requests share a forward."""
+
+    rows_max: Count = 64
+    queue_rows: Count = 1024  # more than these waiting: 429
+
+
+class StreamSettings(Settings):
+    """How many streams a model may have."""
+
+    max: Count = 10_000
+
+
+class ModelSettings(Settings):
+    """One model and everything around it."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    source: Annotated[SourceSettings, BeforeValidator(_parse_source)]
+    weights: str | None = None  # a name of torchvision's, or a file (.safetensors, .pt)
+    input: InputSettings | None = None
+    labels: tuple[str, ...] | None = None
+    prior: File | None = None  # .safetensors with `fisher`, or .npz with source `images`, uint8 [N, H, W, 3]
+    replicas: int = Field(1, ge=1)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    runtime: Literal["eager"] = "eager"
+    threads: Literal["auto"] | Count = "auto"  # of one forward on the CPU
+    adapter: Annotated[AdapterSettings, BeforeValidator(_parse_adapter)] = AdapterSettings(eata=EATASettings())
+    adaptation: AdaptationSettings = AdaptationSettings()
+    batching: BatchingSettings = BatchingSettings()
+    streams: StreamSettings = StreamSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelSettings":
+        if self.replicas != 1:
+            raise ValueError(
+                f"replicas: {self.replicas} need a durable store that they share, which is not built yet; use 1"
+            )
+        if self.source.builtin and self.weights:
+            raise ValueError("a built-in model brings its own weights; remove `weights`")
+        if self.source.python and not self.input:
+            raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
+        if self.weights and _is_path(self.weights) and not Path(self.weights).is_file():
+            raise ValueError(f"weights: {self.weights} is not a file")
+        if self.source.python and self.weights and not _is_path(self.weights):
+            raise ValueError(f"weights: {self.weights!r} is not a file (.safetensors, .pt)")
+        if self.source.torchvision and self.weights and _is_path(self.weights) and not self.input:
+            raise ValueError("torchvision weights from a file need `input: {size: [height, width], mean: …, std: …}`")
+        return self
+
+
+def _is_path(weights: str) -> bool:
+    return "/" in weights or weights.endswith((".safetensors", ".pt", ".pth"))
+
+
+class Config(Settings):
+    """The whole file."""
+
+    http: HTTPSettings = HTTPSettings()
+    limits: LimitSettings = LimitSettings()
+    auth: AuthSettings = AuthSettings()
+    models: tuple[ModelSettings, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Config":
+        names = [model.name for model in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two models are named {', '.join(twice)}")
+        return self
+
+
+class Tokens(BaseModel):
+    """The tokens themselves, read from the environment once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    infer: str | None
+    admin: str | None
+
+
+def read_tokens(auth: AuthSettings) -> Tokens:
+    """Read the tokens that the configuration names.
+
+    Raises:
+        ConfigError: the infer token's variable is named and empty: leaving the routes open is not what was asked for.
+    """
+    infer = os.environ.get(auth.infer_token_env) if auth.infer_token_env else None
+    if auth.infer_token_env and not infer:
+        raise ConfigError(
+            f"auth.infer_token_env names {auth.infer_token_env}, which is not set; set it or remove the line"
+        )
+    return Tokens(infer=infer or None, admin=os.environ.get(auth.admin_token_env) or None)
+
+
+def load(path: Path) -> Config:
+    """Read and validate a configuration file.
+
+    Relative paths in it are relative to the current folder, as in every command line.
+
+    Raises:
+        ConfigError: with one line for each problem, each beginning with `FILE:LINE:`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.load(text, _UniqueKeyLoader)  # noqa: S506  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}:1: the file must be a mapping with the key `models`")
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{path}:{_line(root, problem['loc'])}: {_describe(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _line(root: yaml.Node | None, location: tuple[int | str, ...]) -> int:
+    """The line of the deepest node on the way to `location`."""
+    line = 1
+    for node in _walk(root, location):
+        line = node.start_mark.line + 1
+    return line
+
+
+def _walk(node: yaml.Node | None, location: tuple[int | str, ...]) -> Iterator[yaml.Node]:
+    for step in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            yield node
+        elif isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == step), None)
+            if found:
+                yield found[0]
+                node = found[1]
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(step) for step in problem["loc"] if not str(step).startswith(("function-", "literal[")))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such key"
+    elif problem["type"] not in ("value_error", "missing"):
+        message = f"{message}, not {problem['input']!r}"
+    return f"{where}: {message}" if where else message

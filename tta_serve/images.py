@@ -1,0 +1,64 @@
+"""From the bytes of a picture to the tensor that a model reads."""
+
+import io
+from typing import cast
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import functional
+
+from tta_serve.errors import InvalidInput, TooLarge
+from tta_serve.models import InputSpec
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first, from the header alone
+
+
+def decode(content: bytes, spec: InputSpec, pixels_max: int) -> Tensor:
+    """Decode one JPEG, PNG or WebP, turn it upright, and fit it to the model's input.
+
+    Args:
+        content: the file.
+        spec: what the model reads.
+        pixels_max: a larger picture is refused before it is unpacked.
+
+    Returns:
+        uint8 [3, H, W], RGB.
+
+    Raises:
+        TooLarge: more pixels than `pixels_max`.
+        InvalidInput: not such a picture, or a truncated one.
+    """
+    if not content:
+        raise InvalidInput("the image is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > pixels_max:
+                raise TooLarge(
+                    f"the image is {width}×{height}, {width * height} pixels; the limit is {pixels_max} "
+                    "(limits.image_pixels)"
+                )
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(upright), spec)))
+    except UnidentifiedImageError:
+        raise InvalidInput(f"{len(content)} bytes that are no {', '.join(FORMATS)} image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken files
+        raise InvalidInput(f"the image of {len(content)} bytes cannot be decoded: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
+    size = [spec.height, spec.width]
+    if spec.resize is None:
+        fits = image.size == (spec.width, spec.height)
+        return image if fits else cast(Image.Image, functional.resize(image, size))
+    return cast(Image.Image, functional.center_crop(functional.resize(image, [spec.resize]), size))

@@ -1,0 +1,216 @@
+"""Loading a frozen model: where its code and weights come from, and what an image must be turned into for it."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tta_serve.builtin import digits
+from tta_serve.config import InputSettings, ModelSettings
+from tta_serve.errors import ConfigError
+
+BUILTIN_FOLDER = Path(digits.__file__).parent
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The tensor that a model reads: [B, 3, height, width], RGB, float32 in [0, 1]."""
+
+    height: int
+    width: int
+    resize: int | None  # shorter side before the centre crop; None: straight to height × width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, self.height, self.width
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be frozen."""
+
+    module: nn.Module  # maps [B, 3, H, W] in [0, 1] to logits [B, C]; normalises by itself
+    input: InputSpec
+    labels: tuple[str, ...]  # C of them
+    digest: str  # of the weights, hexadecimal
+    prior: Path | None  # see `ModelSettings.prior`
+
+
+class Normalised(nn.Module):
+    """Puts `(x − mean) / std` per channel before a model."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.model((x - self.mean) / self.std))
+
+
+class Noop(nn.Module):
+    """Answers without looking: what a request costs before any model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), 10)
+
+
+def load(settings: ModelSettings) -> LoadedModel:
+    """Load the model that the settings describe.
+
+    Raises:
+        ConfigError: code, weights or labels are missing or do not fit; the message says which and what to do.
+    """
+    if settings.source.builtin == "digits":
+        return _digits(settings)
+    if settings.source.builtin == "noop":
+        return LoadedModel(Noop(), InputSpec(32, 32, None), tuple("0123456789"), "", None)
+    module, preset, labels = _torchvision(settings) if settings.source.torchvision else _python(settings)
+    described = settings.input or preset
+    if described is None:
+        raise ConfigError(f"models.{settings.name}: give `input: {{size: [height, width], mean: …, std: …}}`")
+    spec = InputSpec(*described.size, described.resize)
+    normalised = Normalised(module, described.mean, described.std).eval()
+    classes = _count_classes(settings, normalised, spec)
+    labels = settings.labels or labels or tuple(str(i) for i in range(classes))
+    if len(labels) != classes:
+        raise ConfigError(f"models.{settings.name}.labels: {len(labels)} labels for a model of {classes} classes")
+    return LoadedModel(normalised, spec, labels, _digest(module), settings.prior)
+
+
+def _digits(settings: ModelSettings) -> LoadedModel:
+    module = digits.Digits()
+    module.load_state_dict(safetensors.torch.load_file(BUILTIN_FOLDER / "digits.safetensors"))
+    return LoadedModel(
+        Normalised(module, digits.MEAN, digits.STD),
+        InputSpec(32, 32, None),
+        settings.labels or digits.LABELS,
+        _digest(module),
+        settings.prior or BUILTIN_FOLDER / "digits_prior.safetensors",
+    )
+
+
+def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | None, tuple[str, ...]]:
+    name = settings.source.torchvision or ""
+    where = f"models.{settings.name}"
+    try:
+        builder = torchvision.models.get_model_builder(name)
+        weights_enum = torchvision.models.get_model_weights(name)
+    except ValueError:
+        raise ConfigError(f"{where}.source: torchvision has no model named {name!r}") from None
+    if settings.weights is None:
+        raise ConfigError(f"{where}.weights: give a file, or one of {', '.join(w.name for w in weights_enum)}")
+    if Path(settings.weights).is_file():
+        state = _read_state(Path(settings.weights))
+        # the number of classes follows the file's last layer, whatever the builder's default
+        last = [tensor for tensor in state.values() if tensor.dim() == 2]
+        module = builder(weights=None, **({"num_classes": last[-1].shape[0]} if last else {}))
+        _fit(module, state, settings)
+        return module, None, ()
+    try:
+        weights = weights_enum[settings.weights]
+    except KeyError:
+        raise ConfigError(
+            f"{where}.weights: {name} has no weights named {settings.weights!r}; it has "
+            f"{', '.join(w.name for w in weights_enum)} (a file needs a path to it)"
+        ) from None
+    try:
+        module = builder(weights=weights)
+    except OSError as error:  # URLError is one
+        raise ConfigError(
+            f"{where}.weights: {settings.weights} could not be downloaded ({error}); "
+            "download it elsewhere and give the file's path"
+        ) from None
+    preset: Any = weights.transforms()
+    described = InputSettings(
+        size=(preset.crop_size[0], preset.crop_size[0]),
+        resize=preset.resize_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+    return module, described, tuple(weights.meta.get("categories", ()))
+
+
+def _python(settings: ModelSettings) -> tuple[nn.Module, None, tuple[str, ...]]:
+    path = settings.source.python or ""
+    where = f"models.{settings.name}.source"
+    module_name, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+        model = factory()
+    except Exception as error:
+        raise ConfigError(f"{where}: {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{where}: {path}() gives a {type(model).__name__}, not a torch.nn.Module")
+    if settings.weights:
+        _fit(model, _read_state(Path(settings.weights)), settings)
+    return model, None, ()
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    """Read a state dict; pickled code is never run."""
+    try:
+        if path.suffix == ".safetensors":
+            return cast(Mapping[str, Tensor], safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path}: not a readable state dict: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path}: holds {type(state).__name__}, not a state dict (names and tensors)")
+    return cast(Mapping[str, Tensor], state)
+
+
+def _fit(module: nn.Module, state: Mapping[str, Tensor], settings: ModelSettings) -> None:
+    where = f"models.{settings.name}.weights: {settings.weights}"
+    try:
+        keys = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{where} does not fit {type(module).__name__}: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    # batch-norm's counter of batches seen in training is often left out, and nothing reads it afterwards
+    missing = [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]
+    if missing or keys.unexpected_keys:
+        raise ConfigError(
+            f"{where} does not fit {type(module).__name__}: missing {missing[:3]}, unexpected {list(keys.unexpected_keys)[:3]}"
+        )
+
+
+def _count_classes(settings: ModelSettings, module: nn.Module, spec: InputSpec) -> int:
+    try:
+        with torch.inference_mode():
+            logits = module(torch.zeros(1, *spec.shape))
+    except Exception as error:
+        raise ConfigError(
+            f"models.{settings.name}: a forward of one image of {list(spec.shape)} fails: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"models.{settings.name}: the model gives {given} for one image, not logits [1, classes]")
+    return logits.shape[1]
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]

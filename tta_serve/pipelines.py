@@ -1,0 +1,93 @@
+"""From settings to a pipeline: the network, the adapter that the configuration names, and its prior."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapters import EATA, AdapterError, EATAConfig, EATAPrior, KeepFinite, Network, Pipeline, Source
+from adapters.anchors import fisher_diagonal
+from tta_serve.config import EATASettings, ModelSettings
+from tta_serve.errors import ConfigError
+from tta_serve.models import InputSpec, LoadedModel
+
+FISHER_IMAGES = 2000  # the paper's number of source samples (section 5)
+FISHER_BATCH = 200
+
+
+def build(settings: ModelSettings, model: LoadedModel, device: torch.device) -> Pipeline:
+    """Build the pipeline of one model; takes the model's module over.
+
+    Raises:
+        ConfigError: the adapter does not fit the model, or its prior is missing or wrong.
+    """
+    network = Network(model.module.to(device))
+    if settings.adapter.eata is None:
+        return Pipeline(network, norm=Source(network))
+    config = _eata_config(settings.adapter.eata, settings.adaptation.mode)
+    try:
+        needs_prior = config.anchor == "fisher" and config.anchor_weight > 0
+        prior = _eata_prior(settings, model, network) if needs_prior else None
+        return Pipeline(network, norm=KeepFinite(EATA(network, len(model.labels), prior, config)))
+    except AdapterError as error:
+        raise ConfigError(f"models.{settings.name}.adapter: {error}") from None
+
+
+def _eata_config(settings: EATASettings, mode: str) -> EATAConfig:
+    return EATAConfig(
+        entropy_margin=None if settings.entropy_margin == "auto" else settings.entropy_margin,
+        redundancy_margin=None if settings.redundancy_margin == "auto" else settings.redundancy_margin,
+        anchor=settings.anchor,
+        anchor_weight=settings.anchor_weight,
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        statistics="batch" if mode == "sync" else "evidence",
+        source_images=settings.source_images,
+        stream_images_max=settings.stream_images_max,
+    )
+
+
+def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -> EATAPrior | None:
+    path = model.prior
+    if path is None:
+        raise ConfigError(
+            f"models.{settings.name}: eata's Fisher anchor needs `prior:` (an .npz with source `images`, uint8 "
+            "[N, height, width, 3], or a .safetensors with `fisher`); without source images set `anchor: l2`"
+        )
+    if path.suffix == ".npz":
+        if not network.channels:
+            return None  # EATA itself says what is wrong
+        images = _read_images(path, model.input)
+        return EATAPrior(fisher_diagonal(network, _batches(images, network.scale.device)))
+    try:
+        fisher = safetensors.torch.load_file(path)["fisher"]
+    except Exception as error:
+        raise ConfigError(f"models.{settings.name}.prior: {path} holds no readable `fisher`: {error}") from error
+    return EATAPrior(fisher.to(network.scale.device))
+
+
+def _read_images(path: Path, spec: InputSpec) -> Tensor:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["images"][:FISHER_IMAGES]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"prior: {path} holds no readable array `images`: {error}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2:
+        raise ConfigError(
+            f"prior: `images` of {path} is {images.dtype} {list(images.shape)}, not uint8 [N ≥ 2, H, W, 3]"
+        )
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if x.shape[2:] != (spec.height, spec.width):
+        resized = functional.interpolate(x.float(), (spec.height, spec.width), mode="bilinear", antialias=True)
+        x = resized.round().to(torch.uint8)
+    return x
+
+
+def _batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
+    for batch in torch.split(images, FISHER_BATCH):
+        yield batch.to(device).float() / 255

@@ -1,0 +1,117 @@
+"""The Ray Serve deployments: a replica that holds one model and answers HTTP itself, and the front."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from ray import serve
+from starlette.types import ASGIApp
+
+from tta_serve import models, pipelines
+from tta_serve.config import LimitSettings, ModelSettings, Tokens
+from tta_serve.engine import Engine
+from tta_serve.front import front_app
+from tta_serve.http import ModelRoutes, model_app
+from tta_serve.learner import Pools
+from tta_serve.metrics import Metrics
+from tta_serve.service import Limits, Service
+
+log = logging.getLogger(__name__)
+
+
+def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node: int, replica: str) -> Service:
+    """Everything behind the routes of one model.
+
+    Args:
+        settings: of the model.
+        limits: of one request.
+        models_on_node: how many models share the cores.
+        replica: the replica's id, for the metrics.
+
+    Raises:
+        ConfigError: the model, its adapter or its device cannot be had.
+    """
+    device = pick_device(settings.device)
+    model = models.load(settings)
+    pipeline = pipelines.build(settings, model, device)
+    threads = plan_threads(os.cpu_count() or 1, models_on_node) if settings.threads == "auto" else settings.threads
+    adaptation = settings.adaptation
+    return Service(
+        Engine(pipeline, device, settings.streams.max, threads),
+        model.input,
+        model.labels,
+        Metrics(settings.name, replica),
+        mode=adaptation.mode,
+        limits=Limits(limits.image_pixels, limits.images_per_request),
+        batch_rows_max=settings.batching.rows_max,
+        queue_rows=settings.batching.queue_rows,
+        pools=Pools(adaptation.step_rows, adaptation.step_wait_s, adaptation.queue_rows),
+        budget=adaptation.budget,
+    )
+
+
+def app_name(model: str) -> str:
+    """The Ray Serve application of a model; the prefix keeps a model named `front` apart from the front."""
+    return f"model-{model}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that the configuration names; `auto` is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def plan_threads(cores: int, models_on_node: int) -> int:
+    """Threads of one forward, so that predicting, learning and HTTP of all models fit the cores.
+
+    >>> plan_threads(2, 1), plan_threads(16, 1), plan_threads(16, 3)
+    (1, 7, 2)
+    """
+    return max(1, (cores - models_on_node) // (2 * models_on_node))
+
+
+class ModelReplica:
+    """One replica of one model: Ray Serve's ingress, so that HTTP reaches the model in one hop."""
+
+    def __init__(self, settings: ModelSettings, limits: LimitSettings, tokens: Tokens, models_on_node: int) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._service = build_service(settings, limits, models_on_node, replica)
+        self._routes = ModelRoutes(settings.name, lambda: self._service, tokens)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's name for it
+        return model_app(self._routes, self._service)
+
+    async def ready(self) -> bool:
+        return self._service.ready
+
+    async def metrics_text(self) -> str:
+        return self._service.metrics_text()
+
+
+class FrontReplica:
+    """The front application."""
+
+    def __init__(self, names: list[str], tokens: Tokens) -> None:
+        self._names = names
+        self._tokens = tokens
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return front_app({name: _Remote(name) for name in self._names}, self._tokens)
+
+
+class _Remote:
+    """A model in another process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def ready(self) -> bool:
+        return bool(await self._handle().ready.remote())
+
+    async def metrics_text(self) -> str:
+        return str(await self._handle().metrics_text.remote())
+
+    def _handle(self) -> Any:
+        return serve.get_app_handle(app_name(self._name))

@@ -1,0 +1,142 @@
+"""One folder for each running server: who it is, how far it has come, and its logs.
+
+`up`, `status` and `down` meet here. A server holds a lock on its folder for as long as it lives, so nothing depends on
+process ids that may have been used again.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from tta_serve.errors import ConfigError, Unavailable
+
+# Ray's and HAProxy's sockets lie below, and a socket's path may have 97 characters, of which Serve takes 57: names are short
+ROOT = Path("/tmp") / f"tta-{os.getuid()}"  # noqa: S108  # made with mode 0700 and checked to be ours
+
+Phase = Literal["starting", "ready", "failed"]
+
+
+class ServerStatus(NamedTuple):
+    """What a server says of itself."""
+
+    port: int
+    host: str
+    pid: int
+    config: str
+    models: tuple[str, ...]
+    phase: Phase
+    message: str = ""
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+
+class RunFolder:
+    """The folder of the server on one port.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.path = ROOT / str(port)
+        self._lock = FileLock(self.path / "lock")
+
+    @property
+    def log(self) -> Path:
+        return self.path / "server.log"
+
+    def make(self) -> None:
+        """Make the folder, readable for this user alone.
+
+        Raises:
+            ConfigError: somebody else's folder stands there.
+        """
+        ROOT.mkdir(mode=0o700, exist_ok=True)
+        if ROOT.stat().st_uid != os.getuid() or ROOT.is_symlink():
+            raise ConfigError(f"{ROOT} belongs to somebody else; remove it")
+        self.path.mkdir(mode=0o700, exist_ok=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the server of this port.
+
+        Raises:
+            ConfigError: another one is.
+        """
+        self.make()
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(
+                f"a tta-serve already runs on port {self.port}; `tta-serve down --port {self.port}` stops it"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def write(self, status: ServerStatus) -> None:
+        """Say how far the server has come; readers see the old or the new text, never half of one."""
+        part = self.path / "status.part"
+        part.write_text(json.dumps(status._asdict()))
+        part.replace(self.path / "status.json")
+
+    def read(self) -> ServerStatus | None:
+        """What the server last said; None where none has run."""
+        try:
+            content = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return ServerStatus(**{**content, "models": tuple(content["models"])})
+
+    def alive(self) -> bool:
+        """Whether a server holds this folder."""
+        if not self.path.is_dir():
+            return False
+        probe = FileLock(self.path / "lock")
+        try:
+            probe.acquire(blocking=False)
+        except Timeout:
+            return True
+        probe.release()
+        return False
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def running() -> list[ServerStatus]:
+    """All servers of this user that are alive, by port."""
+    ports = sorted(int(path.name) for path in ROOT.glob("*") if path.name.isdigit())
+    found = [folder.read() for port in ports if (folder := RunFolder(port)).alive()]
+    return [status for status in found if status is not None]
+
+
+def stop(status: ServerStatus, wait_s: float = 60.0) -> None:
+    """Ask a server to stop and wait until it has.
+
+    Raises:
+        Unavailable: it still runs after `wait_s`.
+    """
+    folder = RunFolder(status.port)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(status.pid, signal.SIGTERM)
+    until_s = time.monotonic() + wait_s
+    while folder.alive():
+        if time.monotonic() > until_s:
+            raise Unavailable(
+                f"the server on port {status.port} (process {status.pid}) has not stopped after {wait_s:g} s"
+            )
+        time.sleep(0.1)

@@ -1,0 +1,330 @@
+"""The use cases around one model, knowing nothing of HTTP or Ray: predict, look at a stream, reset it."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adapters import tree
+from tta_serve import images
+from tta_serve.batching import Batcher
+from tta_serve.engine import Answer, AnswerKind, Engine, Learned, Lesson, Query
+from tta_serve.errors import InvalidInput, TooLarge, Unavailable
+from tta_serve.learner import Learner, Pools
+from tta_serve.metrics import Metrics
+from tta_serve.models import InputSpec
+
+log = logging.getLogger(__name__)
+
+STREAM_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+DEFAULT_STREAM = "default"
+T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """What one request may hold."""
+
+    image_pixels: int
+    images_per_request: int
+
+
+class Prediction(NamedTuple):
+    """The answer to one request, in the order of its images."""
+
+    logits: NDArray[np.float32] | None  # of the adapted model, [n, C]
+    frozen_logits: NDArray[np.float32] | None  # [n, C]
+    version: int  # of the state that answered
+
+    @property
+    def adapted(self) -> bool:
+        return self.logits is not None
+
+
+class StreamView(NamedTuple):
+    """A stream as users see it."""
+
+    stream: str
+    mode: str
+    version: int
+    incarnation: int
+    steps: int
+    seen: int
+    reliable: int
+    selected: int
+    selected_share: float | None
+    refused: int
+    entropy: float | None
+    pending_rows: int
+    state_bytes: int
+
+
+class _Asked(NamedTuple):
+    query: Query
+    adapt: bool
+    asked_s: float
+
+
+class Service:
+    """One model: requests in, answers out, adaptation beside.
+
+    Args:
+        engine: the model and its states.
+        spec: what the model reads.
+        labels: names of its classes.
+        metrics: where everything is counted.
+        mode: `sync` (one request = one batch = one step, in order) or `async` (answer first, learn later).
+        limits: of one request.
+        batch_rows_max, queue_rows: see `batching.Waiting`.
+        pools, budget: of the learner; read in `async` mode.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: InputSpec,
+        labels: tuple[str, ...],
+        metrics: Metrics,
+        *,
+        mode: str,
+        limits: Limits,
+        batch_rows_max: int,
+        queue_rows: int,
+        pools: Pools,
+        budget: float,
+    ) -> None:
+        self.engine = engine
+        self.spec = spec
+        self.labels = labels
+        self.metrics = metrics
+        self.mode = mode
+        self.limits = limits
+        self._batcher: Batcher[_Asked, tuple[Answer, Lesson]] = Batcher(
+            self._answer,
+            rows_max=1 if mode == "sync" else batch_rows_max,  # a request is never split: 1 row means 1 request
+            queue_rows=queue_rows,
+            afterwards=self._after,
+        )
+        self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
+        self._decoders = ThreadPoolExecutor(2, "tta-decode")
+        self._learner = Learner(engine, pools, budget, self._count_learned, self._count_skipped)
+        self._running = False
+
+    async def start(self) -> None:
+        """Warm the model and open for requests."""
+        x = torch.zeros(1, *self.spec.shape)
+        await self._on(self._device, lambda: self.engine.pipeline.network(x.to(self.engine.device)))
+        self._batcher.start()
+        if self.mode == "async":
+            self._learner.start()
+        self._running = True
+
+    async def stop(self) -> None:
+        """Close; a forward or step at hand is finished first."""
+        self._running = False
+        await self._batcher.stop()
+        await asyncio.to_thread(self._learner.stop)
+        self._device.shutdown()
+        self._decoders.shutdown()
+
+    @property
+    def ready(self) -> bool:
+        return self._running
+
+    async def decode(self, contents: Sequence[bytes]) -> Tensor:
+        """Decode pictures into uint8 [n, 3, H, W].
+
+        Raises:
+            TooLarge, InvalidInput: see `images.decode`.
+        """
+        self.check_count(len(contents))
+        began_s = time.monotonic()
+        limit = self.limits.image_pixels
+
+        def decode_all() -> Tensor:
+            return torch.stack([images.decode(content, self.spec, limit) for content in contents])
+
+        x = await self._on(self._decoders, decode_all)
+        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="decode")
+        return x
+
+    def check_count(self, count: int) -> None:
+        """Raise unless a request may hold that many images."""
+        if count < 1:
+            raise InvalidInput("the request holds no image")
+        if count > self.limits.images_per_request:
+            raise TooLarge(
+                f"{count} images in one request; the limit is {self.limits.images_per_request} (limits.images_per_request)"
+            )
+
+    def to_input(self, array: NDArray[Any]) -> Tensor:
+        """Check a client's tensor and take it as the model's input.
+
+        Args:
+            array: [n, 3, H, W], RGB; uint8 0 … 255, or floats in [0, 1].
+
+        Raises:
+            InvalidInput: another shape, dtype or range, NaN or infinity; the message names value and limit.
+            TooLarge: more images than a request may hold.
+        """
+        expected = ["n", *self.spec.shape]
+        if array.ndim != 4 or array.shape[1:] != self.spec.shape:
+            raise InvalidInput(f"the input has shape {list(array.shape)}; this model reads {expected}".replace("'", ""))
+        self.check_count(len(array))
+        if array.dtype == np.uint8:
+            return torch.from_numpy(array.copy() if not array.flags.writeable else array)
+        if array.dtype.kind != "f":
+            raise InvalidInput(f"the input is {array.dtype}; send UINT8 (0 … 255) or FP32 (0 … 1)")
+        low, high = float(array.min()), float(array.max())  # NaN if any is
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise InvalidInput("the input holds NaN or infinite values")
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise InvalidInput(f"the input spans {low:g} … {high:g}; floats must lie in 0 … 1 (send UINT8 for 0 … 255)")
+        return torch.from_numpy(array.astype(np.float32))
+
+    async def predict(
+        self, x: Tensor, stream: str = DEFAULT_STREAM, *, adapt: bool = True, answer: AnswerKind = "adapted"
+    ) -> Prediction:
+        """Answer one request.
+
+        Args:
+            x: from `decode` or `to_input`.
+            stream: its name.
+            adapt: whether the request may be learned from.
+            answer: whose answer.
+
+        Raises:
+            InvalidInput: a bad stream name.
+            Overloaded: no room for the request or for a new stream.
+        """
+        check_stream(stream)
+        self.engine.open(stream)
+        asked = _Asked(Query(x, stream, answer), adapt, time.monotonic())
+        result, _ = await self._batcher.submit(asked, rows=len(x))
+        self.metrics.count("tta_images_total", len(x))
+        prediction = Prediction(result.logits, result.frozen_logits, result.version)
+        if not all(np.isfinite(logits).all() for logits in prediction[:2] if logits is not None):
+            raise Unavailable(
+                f"the model gave numbers that are not finite; reset the stream {stream!r} if this goes on"
+            )
+        return prediction
+
+    def view(self, stream: str) -> StreamView:
+        """A stream as it stands.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+        """
+        check_stream(stream)
+        record = self.engine.record(stream)
+        return StreamView(
+            stream=stream,
+            mode=self.mode,
+            version=record.version,
+            incarnation=record.incarnation,
+            steps=record.steps,
+            seen=record.seen,
+            reliable=record.reliable,
+            selected=record.selected,
+            selected_share=record.selected / record.seen if record.seen else None,
+            refused=record.refused,
+            entropy=record.entropy,
+            pending_rows=self._learner.pending_rows(stream),
+            state_bytes=tree.nbytes(record.state),
+        )
+
+    def reset(self, stream: str) -> StreamView:
+        """Begin a stream's life anew; rows that wait are dropped.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+        """
+        check_stream(stream)
+        self.engine.reset(stream)
+        self._learner.forget(stream)
+        return self.view(stream)
+
+    def delete(self, stream: str) -> None:
+        """Forget a stream.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+        """
+        check_stream(stream)
+        self.engine.delete(stream)
+        self._learner.forget(stream)
+
+    def metrics_text(self) -> str:
+        """Prometheus text, gauges read now."""
+        names = self.engine.stream_names()
+        self.metrics.set("tta_waiting_rows", self._batcher.waiting_rows)
+        self.metrics.set("tta_pending_rows", self._learner.pending_rows())
+        self.metrics.set("tta_streams", len(names))
+        self.metrics.set("tta_state_bytes", self.engine.state_bytes())
+        return self.metrics.text()
+
+    async def _answer(self, batch: Sequence[_Asked]) -> Sequence[tuple[Answer, Lesson]]:
+        began_s = time.monotonic()
+        for asked in batch:
+            self.metrics.observe("tta_stage_seconds", began_s - asked.asked_s, stage="queue")
+        queries = [asked.query for asked in batch]
+        answers = await self._on(self._device, lambda: self.engine.predict(queries))
+        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="predict")
+        self.metrics.observe("tta_batch_rows", sum(len(query.x) for query in queries))
+        self.metrics.observe("tta_batch_streams", len({query.stream for query in queries}))
+        return answers
+
+    async def _after(self, batch: Sequence[_Asked], answers: Sequence[tuple[Answer, Lesson]]) -> None:
+        lessons = [lesson for asked, (_, lesson) in zip(batch, answers, strict=True) if asked.adapt]
+        if off := sum(len(asked.query.x) for asked in batch if not asked.adapt):
+            self._count_skipped(off, "off")
+        if self.mode == "async":
+            for lesson in lessons:
+                self._learner.offer(lesson)
+            return
+        if not lessons:
+            return
+        began_s = time.monotonic()
+        try:
+            learned = await self._on(self._device, lambda: self.engine.learn(lessons))
+        except Exception:  # the answer is out; a failed step must not end the batcher
+            log.exception("a learning step failed")
+            self._count_skipped(sum(len(lesson.x) for lesson in lessons), "failed")
+            return
+        self._count_learned(learned, time.monotonic() - began_s)
+
+    def _count_learned(self, learned: Sequence[Learned], took_s: float) -> None:
+        self.metrics.observe("tta_stage_seconds", took_s, stage="learn")
+        for each in learned:
+            self.metrics.count("tta_steps_total", result=each.result)
+            self.metrics.count("tta_learned_rows_total", each.seen)
+            self.metrics.count("tta_selected_rows_total", each.selected)
+            if each.result in ("applied", "filtered"):
+                self.metrics.set("tta_entropy_nats", each.entropy)
+
+    def _count_skipped(self, rows: int, reason: str) -> None:
+        self.metrics.count("tta_skipped_rows_total", rows, reason=reason)
+
+    async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, call)
+
+
+def check_stream(name: str) -> None:
+    """Raise unless `name` may name a stream."""
+    if not STREAM_PATTERN.fullmatch(name):
+        raise InvalidInput(
+            f"{name[:200]!r} cannot name a stream: 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit"
+        )
+
+
+def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Softmax of [n, C]."""
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return cast(NDArray[np.float32], (e / e.sum(axis=1, keepdims=True)).astype(np.float32))
