@@ -10,8 +10,8 @@ the clean images; `per_shift` gives each corruption a stream of its own.
 Without --url it starts its own server with ResNet-20 and EATA in `mode: sync`: one request, one batch, one step. On a
 server in `mode: async`, --drain waits after each request until the learner is done, so that a run can be repeated.
 
-The published figures that stand beside ours: Niu et al., arXiv 2204.02610, as run by the library
-mariodoebler/test-time-adaptation with its CIFAR-10-C settings (Adam, 1e-3) on the same images and weights.
+The reference that stands beside our figures: EATA (Niu et al., arXiv 2204.02610) in the library
+mariodoebler/test-time-adaptation, with its CIFAR-10-C settings (Adam, 1e-3), on the same images and weights.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Errors(NamedTuple):
 
 
 # Mean over the corruptions, and on the clean images afterwards (told for `continual` only); batches of 200.
-PUBLISHED: Mapping[Protocol, tuple[Errors, Errors | None]] = {
+REFERENCE: Mapping[Protocol, tuple[Errors, Errors | None]] = {
     "continual": (Errors(41.13, 23.71), Errors(12.90, 13.15)),
     "per_shift": (Errors(41.13, 24.45), None),
 }
@@ -91,7 +91,7 @@ def play(
             wrong += (answer.frozen != labels[rows]).sum(), (answer.answered != labels[rows]).sum()
             if drain and not client.drain(stream):
                 raise RequestFailed(f"{client.model}: the learner still had rows of {stream} waiting after a minute")
-        errors[name] = Errors(*(float(count) for count in wrong / len(images) * 100))
+        errors[name] = Errors(*(float(count) for count in wrong * 100 / len(images)))
         told(name, errors[name])
     return errors
 
@@ -103,7 +103,7 @@ def streams(protocol: Protocol) -> Callable[[str], str]:
 
 
 def load(data: Path) -> Iterator[Shift]:
-    """The corruptions in the published order, then the clean images; one in memory at a time."""
+    """The corruptions in the order of the protocol, then the clean images; one in memory at a time."""
     labels = cifar.labels(data)
     for name in (*cifar.corruptions(data), CLEAN):
         yield name, cifar.images(data, name), labels
@@ -126,22 +126,22 @@ def figures(errors: Mapping[str, Errors], protocol: Protocol, stream: Mapping[st
     return found
 
 
-def table(errors: Mapping[str, Errors], protocol: Protocol, *, published: bool = True) -> Table:
-    rows = Table(title=f"Error in %, protocol {protocol}", caption=_caption(protocol) if published else None)
+def table(errors: Mapping[str, Errors], protocol: Protocol, *, reference: bool = True) -> Table:
+    rows = Table(title=f"Error in %, protocol {protocol}", caption=_caption(protocol) if reference else None)
     rows.add_column("shift")
     for name in ("frozen", "adapting", "difference"):
         rows.add_column(name, justify="right")
-    of_mean, of_clean = PUBLISHED[protocol] if published else (None, None)
+    of_mean, of_clean = REFERENCE[protocol] if reference else (None, None)
     corrupted = {name: each for name, each in errors.items() if name != CLEAN}
     for number, (name, each) in enumerate(corrupted.items(), start=1):
         rows.add_row(name, *_cells(each), end_section=number == len(corrupted))
     rows.add_row(f"mean of {len(corrupted)}", *_cells(mean(errors)), style="bold", end_section=of_mean is None)
     if of_mean:
-        rows.add_row("  published", *_cells(of_mean), style="dim", end_section=True)
+        rows.add_row("  reference", *_cells(of_mean), style="dim", end_section=True)
     if CLEAN in errors:
         rows.add_row(CLEAN if protocol == "per_shift" else f"{CLEAN}, afterwards", *_cells(errors[CLEAN]))
         if of_clean:
-            rows.add_row("  published", *_cells(of_clean), style="dim")
+            rows.add_row("  reference", *_cells(of_clean), style="dim")
     return rows
 
 
@@ -150,11 +150,11 @@ def _cells(errors: Errors) -> tuple[str, str, str]:
 
 
 def _caption(protocol: Protocol) -> str:
-    return f"published: EATA in mariodoebler/test-time-adaptation, {protocol}, same images and weights"
+    return f"reference: EATA in mariodoebler/test-time-adaptation, {protocol}, same images and weights"
 
 
-def plot(file: Path, errors: Mapping[str, Errors], protocol: Protocol, *, published: bool = True) -> None:
-    """Write a picture: two bars for each shift, their means, and the published mean as a line."""
+def plot(file: Path, errors: Mapping[str, Errors], protocol: Protocol, *, reference: bool = True) -> None:
+    """Write a picture: two bars for each shift, their means, and the means of the reference as lines."""
     corrupted = {name: each for name, each in errors.items() if name != CLEAN}
     clean = {CLEAN: errors[CLEAN]} if CLEAN in errors else {}
     shown = corrupted | {"MEAN": mean(errors)} | clean
@@ -169,7 +169,7 @@ def plot(file: Path, errors: Mapping[str, Errors], protocol: Protocol, *, publis
                     "frozen": [each.frozen for each in shown.values()],
                     "adapting": [each.adapting for each in shown.values()],
                 },
-                levels=_levels(PUBLISHED[protocol][0]) if published else {},
+                levels=_levels(REFERENCE[protocol][0]) if reference else {},
             )
         ],
     )
@@ -177,8 +177,8 @@ def plot(file: Path, errors: Mapping[str, Errors], protocol: Protocol, *, publis
 
 def _levels(of_mean: Errors) -> dict[str, float]:
     return {
-        f"published mean, frozen: {of_mean.frozen:.2f} %": of_mean.frozen,
-        f"published mean, EATA: {of_mean.adapting:.2f} %": of_mean.adapting,
+        f"reference mean, frozen: {of_mean.frozen:.2f} %": of_mean.frozen,
+        f"reference mean, EATA: {of_mean.adapting:.2f} %": of_mean.adapting,
     }
 
 
@@ -219,13 +219,13 @@ def main() -> int:
         )
         took_s = time.monotonic() - begin
         stream = client.stream(stream_of(CLEAN))
-    published = args.batch == BATCH
-    console.print(table(errors, args.protocol, published=published))
-    console.print(f"{took_s:.0f} s; {report.machine_line()}")
+    reference = args.batch == BATCH
+    console.print(table(errors, args.protocol, reference=reference))
+    console.print(f"{took_s:.0f} s; {report.machine_line()}", soft_wrap=True)
     if args.json:
         report.write_json(args.json, "shift", figures(errors, args.protocol, stream))
     if args.plot:
-        plot(args.plot, errors, args.protocol, published=published)
+        plot(args.plot, errors, args.protocol, reference=reference)
     return 0
 
 

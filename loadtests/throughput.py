@@ -287,7 +287,7 @@ def main() -> int:
         found |= figures(rounds, prefix)
     found |= totals(found)
     console.print(f"failed: {found['failed_requests']:.0f}, refused (429): {found['refused_requests']:.0f}")
-    console.print(report.machine_line())
+    console.print(report.machine_line(), soft_wrap=True)
     if args.json:
         report.write_json(args.json, "throughput", found)
     if args.plot:

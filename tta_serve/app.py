@@ -279,6 +279,6 @@ def _refuse_foreign_adapters() -> None:
     package = importlib.import_module("adapters")
     if not hasattr(package, "EATA"):
         raise ConfigError(
-            f"the package `adapters` at {getattr(package, '__file__', '?')} is not tta-serve's but an unrelated one of the "
-            "same name; run `pip uninstall adapters`, then install tta-serve again"
+            f"the package `adapters` at {getattr(package, '__file__', '?')} is not tta-serve's but an unrelated one "
+            "of the same name; run `pip uninstall adapters`, then install tta-serve again"
         )

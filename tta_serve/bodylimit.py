@@ -1,7 +1,7 @@
 """The outermost layer of every application: refuses bodies over the limit before anything buffers them.
 
-Ray Serve reads a request's body into memory while the application has not asked for it, so the limit has to stand outside
-of Ray's own layers: `serve_middlewares` is named to Ray as the hook for that.
+Ray Serve reads a request's body into memory while the application has not asked for it, so the limit has to stand
+outside of Ray's own layers: `serve_middlewares` is named to Ray as the hook for that.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not declared.isdigit():
-            await _refuse(send, 400, f"Content-Length is {declared.decode('latin-1')!r}, not a number")
+        if not declared.isdigit() or len(declared) > 19:
+            await _refuse(send, 400, f"Content-Length is {declared[:100].decode('latin-1')!r}, not a number of bytes")
             return
         if int(declared) > self.body_bytes:
             await _refuse(send, 413, self._message(f"{int(declared)} bytes"))
@@ -76,8 +76,11 @@ class BodyLimit:
 
 
 async def _refuse(send: Send, status: int, message: str, linger_on: Receive | None = None) -> None:
-    """Answer, and close. Where the client is in the middle of its body, let it finish for a while (as nginx's lingering
-    close does): many clients read nothing before they have written everything."""
+    """Answer, and close.
+
+    Where the client is in the middle of its body, let it go on for a while (as nginx's lingering close does): many
+    clients read nothing before they have written everything.
+    """
     body = json.dumps({"error": message}).encode()
     headers = [
         (b"content-type", b"application/json"),

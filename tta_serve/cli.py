@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tta_serve import __version__, config, runfolder
 from tta_serve.errors import ConfigError, TTAError
@@ -78,7 +78,8 @@ def check(config_file: ConfigFile) -> None:
     settings = config.load(config_file)
     config.read_tokens(settings.auth)
     names = ", ".join(model.name for model in settings.models)
-    out.print(f"{config_file}: good. Models: {names}. Port: {settings.http.port}.", highlight=False)
+    said = f"{config_file}: good. Models: {names}. Port: {settings.http.port}."
+    out.print(said, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -88,7 +89,9 @@ def status() -> None:
     if not servers:
         out.print("No server runs. Start one with `tta-serve up CONFIG`.", highlight=False)
         raise typer.Exit(3)
-    table = Table("URL", "phase", "process", "models", "config")
+    table = Table(*(Column(name, no_wrap=True) for name in ("URL", "phase", "process")))
+    for name in ("models", "config"):
+        table.add_column(name, overflow="fold")  # whole on any width: a cropped path is no path
     for server in servers:
         models = ", ".join(f"{name} {state}" for name, state in _readiness(server).items())
         table.add_row(server.url, server.phase, str(server.pid), models, server.config)

@@ -1,7 +1,7 @@
 """The model, its pipeline and the live states: predict, learn, reset. The only caller of torch while serving.
 
-A stream is an immutable record in a dict, so publishing is one assignment: a forward that has begun keeps the record that
-it read. `predict` and `learn` may run in two threads at once.
+A stream is an immutable record in a dict, so publishing is one assignment: a forward that has begun keeps the record
+that it read. `predict` and `learn` may run in two threads at once.
 """
 
 import threading
@@ -124,7 +124,8 @@ class Engine:
         with self._lock:
             if stream not in self._streams and len(self._streams) >= self.streams_max:
                 raise Overloaded(
-                    f"there are {self.streams_max} streams, the limit (streams.max); delete one before beginning {stream!r}",
+                    f"there are {self.streams_max} streams, the limit (streams.max); "
+                    f"delete one before beginning {stream!r}",
                     retry_after_s=60,
                 )
             return self._streams.setdefault(stream, self._new_life())
@@ -208,10 +209,9 @@ class Engine:
                 numbers[key] = len(states)
                 states.append(record.state)
             row_of_request.append(numbers[key])
-        if len(states) == 1:
-            table = tree.apply(lambda leaf: leaf.unsqueeze(0), states[0])
-        else:
-            table = tree.stack(states)
+        # a table of one row is a view: most batches hold one stream
+        one = len(states) == 1
+        table = tree.apply(lambda leaf: leaf.unsqueeze(0), states[0]) if one else tree.stack(states)
         rows = torch.tensor(row_of_request).repeat_interleave(torch.tensor(sizes)).to(self.device)
         return table, rows
 

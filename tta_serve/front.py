@@ -1,6 +1,7 @@
 """The application at `/`: health, the list of models, metrics of all of them, and the documentation of every route."""
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from tta_serve import __version__, metrics
 from tta_serve.config import Tokens
 from tta_serve.errors import NotFound, Unavailable
-from tta_serve.http import ModelRoutes, add_error_handlers
+from tta_serve.http import ModelRoutes, error_handlers
 from tta_serve.protocol import WireRequest
 from tta_serve.service import Service
 
@@ -89,7 +90,8 @@ def front_app(models: Mapping[str, ModelClient], tokens: Tokens) -> FastAPI:
     app.add_api_route(
         "/{path:path}", nothing_here, methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False
     )
-    add_error_handlers(app, lambda _: None)
+    for kind, answer in error_handlers(lambda _: None).items():
+        app.add_exception_handler(kind, answer)
     app.openapi = lambda: _openapi(app, tokens)  # type: ignore[method-assign]
     return app
 
@@ -115,13 +117,15 @@ def _openapi(app: FastAPI, tokens: Tokens) -> dict[str, Any]:
         raise Unavailable("these routes only describe those of the models")
 
     documented = APIRouter()
-    documented.include_router(ModelRoutes("{model}", no_service, tokens).router, prefix="/v2/models/{model}")
+    for each in ModelRoutes("{model}", no_service, tokens).table:
+        path = f"/v2/models/{{model}}{each.path}".removesuffix("/")
+        documented.add_api_route(path, each.answer, methods=[each.method], tags=[each.tag], openapi_extra=each.doc)
     schema = get_openapi(title=app.title, version=app.version, routes=[*app.routes, *documented.routes])
     definitions = WireRequest.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"]
     schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
     for path, operations in schema["paths"].items():
-        if "{model}" in path:
-            name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path):
+            described = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for operation in operations.values():
-                operation.setdefault("parameters", []).insert(0, name)
+                operation.setdefault("parameters", []).append(described)
     return schema

@@ -41,13 +41,28 @@ def decode(content: bytes, spec: InputSpec, pixels_max: int) -> Tensor:
                     f"the image is {width}×{height}, {width * height} pixels; the limit is {pixels_max} "
                     "(limits.image_pixels)"
                 )
+            _check_resized(width, height, spec, pixels_max)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(upright), spec)))
+    except InvalidInput:
+        raise
     except UnidentifiedImageError:
         raise InvalidInput(f"{len(content)} bytes that are no {', '.join(FORMATS)} image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken files
+    except Exception as error:  # noqa: BLE001  # Pillow's decoders raise nearly anything on broken files
         raise InvalidInput(f"the image of {len(content)} bytes cannot be decoded: {error}") from None
+
+
+def _check_resized(width: int, height: int, spec: InputSpec, pixels_max: int) -> None:
+    """A strip that is 1 pixel high is small, and huge once its shorter side has the model's size."""
+    if spec.resize is None:
+        return
+    pixels = spec.resize * (spec.resize * max(width, height) // min(width, height))
+    if pixels > max(pixels_max, spec.resize**2):
+        raise TooLarge(
+            f"the image is {width}×{height}, {pixels} pixels once its shorter side is {spec.resize}; "
+            f"the limit is {pixels_max} (limits.image_pixels)"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -190,7 +190,8 @@ def _fit(module: nn.Module, state: Mapping[str, Tensor], settings: ModelSettings
     missing = [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]
     if missing or keys.unexpected_keys:
         raise ConfigError(
-            f"{where} does not fit {type(module).__name__}: missing {missing[:3]}, unexpected {list(keys.unexpected_keys)[:3]}"
+            f"{where} does not fit {type(module).__name__}: "
+            f"missing {missing[:3]}, unexpected {list(keys.unexpected_keys)[:3]}"
         )
 
 
@@ -200,7 +201,8 @@ def _count_classes(settings: ModelSettings, module: nn.Module, spec: InputSpec) 
             logits = module(torch.zeros(1, *spec.shape))
     except Exception as error:
         raise ConfigError(
-            f"models.{settings.name}: a forward of one image of {list(spec.shape)} fails: {type(error).__name__}: {error}"
+            f"models.{settings.name}: a forward of one image of {list(spec.shape)} fails: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

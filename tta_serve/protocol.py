@@ -5,6 +5,7 @@ References:
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "INT64": np.dtype("<i8"),
 }
 Datatype = Literal["UINT8", "FP16", "FP32", "FP64", "INT64"]
+SIZE_MAX = 2**31 - 1  # of one dimension of a shape
+_SELF_EXPLAINING = ("json_invalid", "missing", "too_short", "too_long")  # pydantic's words name the value themselves
 
 
 class _Wire(BaseModel):
@@ -79,9 +82,10 @@ def parse_infer(body: bytes, header_length: str | None) -> InferRequest:
         request = WireRequest.model_validate_json(header)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(step) for step in problem["loc"])
+        where = "".join(f"{step}." for step in problem["loc"]).removesuffix(".")
+        given = "" if problem["type"] in _SELF_EXPLAINING else f", not {reprlib.repr(problem['input'])}"
         raise InvalidInput(
-            f"the JSON is not an inference request: {where + ': ' if where else ''}{problem['msg']}"
+            f"the JSON is not an inference request: {where + ': ' if where else ''}{problem['msg']}{given}"
         ) from None
     tensors: dict[str, NDArray[Any]] = {}
     offset = 0
@@ -94,7 +98,8 @@ def parse_infer(body: bytes, header_length: str | None) -> InferRequest:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(binary) - offset:
             raise InvalidInput(
-                f"input {wire.name!r}: binary_data_size is {size!r}, and {len(binary) - offset} bytes are left after the JSON"
+                f"input {wire.name!r}: binary_data_size is {size!r}, "
+                f"and {len(binary) - offset} bytes are left after the JSON"
             )
         tensors[wire.name] = _from_bytes(wire, binary[offset : offset + size])
         offset += size
@@ -110,18 +115,19 @@ def parse_infer(body: bytes, header_length: str | None) -> InferRequest:
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     if header_length is None:
         return body, memoryview(b"")
-    if not (header_length.isascii() and header_length.isdigit()) or int(header_length) > len(body):
+    digits = header_length.isascii() and header_length.isdigit() and len(header_length) < 20
+    if not digits or int(header_length) > len(body):
         raise InvalidInput(
-            f"Inference-Header-Content-Length is {header_length!r}; it must be the length of the JSON, at most the "
-            f"{len(body)} bytes of the body"
+            f"Inference-Header-Content-Length is {header_length[:100]!r}; it must be the length of the JSON, at most "
+            f"the {len(body)} bytes of the body"
         )
     length = int(header_length)
     return body[:length], memoryview(body)[length:]
 
 
 def _shape(wire: WireInput) -> tuple[int, ...]:
-    if any(size < 0 for size in wire.shape):
-        raise InvalidInput(f"input {wire.name!r}: shape {wire.shape} has a negative size")
+    if not all(1 <= size <= SIZE_MAX for size in wire.shape):
+        raise InvalidInput(f"input {wire.name!r}: shape {wire.shape} has a size outside 1 … {SIZE_MAX}")
     return tuple(wire.shape)
 
 

@@ -42,7 +42,7 @@ def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node
         model.input,
         model.labels,
         Metrics(settings.name, replica),
-        mode=adaptation.mode,
+        mode=adaptation.mode if settings.adapter.eata else "frozen",
         limits=Limits(limits.image_pixels, limits.images_per_request),
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,

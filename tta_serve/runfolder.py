@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from tta_serve.errors import ConfigError, Unavailable
 
-# Ray's and HAProxy's sockets lie below, and a socket's path may have 97 characters, of which Serve takes 57: names are short
+# Ray's and HAProxy's sockets lie below; a socket's path may have 97 characters, of which Serve takes 57: short names
 ROOT = Path("/tmp") / f"tta-{os.getuid()}"  # noqa: S108  # made with mode 0700 and checked to be ours
 
 Phase = Literal["starting", "ready", "failed"]

@@ -80,7 +80,8 @@ class Service:
         spec: what the model reads.
         labels: names of its classes.
         metrics: where everything is counted.
-        mode: `sync` (one request = one batch = one step, in order) or `async` (answer first, learn later).
+        mode: `sync` (one request = one batch = one step, in order), `async` (answer first, learn later), or `frozen`
+            (nothing to learn).
         limits: of one request.
         batch_rows_max, queue_rows: see `batching.Waiting`.
         pools, budget: of the learner; read in `async` mode.
@@ -161,7 +162,8 @@ class Service:
             raise InvalidInput("the request holds no image")
         if count > self.limits.images_per_request:
             raise TooLarge(
-                f"{count} images in one request; the limit is {self.limits.images_per_request} (limits.images_per_request)"
+                f"{count} images in one request; the limit is {self.limits.images_per_request} "
+                "(limits.images_per_request)"
             )
 
     def to_input(self, array: NDArray[Any]) -> Tensor:
@@ -184,7 +186,7 @@ class Service:
             raise InvalidInput(f"the input is {array.dtype}; send UINT8 (0 … 255) or FP32 (0 … 1)")
         low, high = float(array.min()), float(array.max())  # NaN if any is
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise InvalidInput("the input holds NaN or infinite values")
+            raise InvalidInput("the input holds NaN or infinite values; floats must lie in 0 … 1")
         if low < -1e-3 or high > 1 + 1e-3:
             raise InvalidInput(f"the input spans {low:g} … {high:g}; floats must lie in 0 … 1 (send UINT8 for 0 … 255)")
         return torch.from_numpy(array.astype(np.float32))
@@ -282,6 +284,8 @@ class Service:
         return answers
 
     async def _after(self, batch: Sequence[_Asked], answers: Sequence[tuple[Answer, Lesson]]) -> None:
+        if self.mode == "frozen":
+            return
         lessons = [lesson for asked, (_, lesson) in zip(batch, answers, strict=True) if asked.adapt]
         if off := sum(len(asked.query.x) for asked in batch if not asked.adapt):
             self._count_skipped(off, "off")
@@ -320,7 +324,8 @@ def check_stream(name: str) -> None:
     """Raise unless `name` may name a stream."""
     if not STREAM_PATTERN.fullmatch(name):
         raise InvalidInput(
-            f"{name[:200]!r} cannot name a stream: 1 to 128 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit"
+            f"{name[:200]!r} cannot name a stream: 1 to 128 letters, digits, '.', '_', ':' or '-', "
+            "beginning with a letter or digit"
         )
 
 

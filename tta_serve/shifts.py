@@ -15,7 +15,7 @@ Shift = Callable[[Images, np.random.Generator], Images]
 
 NOISE_STD = 40.0  # of 255
 CONTRAST = 0.5  # share of the contrast that is left
-BLUR_STD_PIXELS = 3.0
+BLUR_STD_PIXELS = 3.5
 
 
 def clean(images: Images, generator: np.random.Generator) -> Images:  # noqa: ARG001

@@ -1,6 +1,7 @@
 """EATA against the paper, told a second time and straight, and against numbers made by hand."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -17,8 +18,8 @@ from adapters import (
     Batch,
     EATAConfig,
     EATAPrior,
-    EATAState,
     Groups,
+    KeepFinite,
     Network,
     Pipeline,
     Statistics,
@@ -142,10 +143,404 @@ def test_the_papers_trajectory(optimizer: Any, dtype: torch.dtype, build: Build,
         assert (report.reliable.item(), report.selected.item()) == (reliable, selected)
         assert report.applied.item() == (selected > 0)
         counts.append((reliable, selected))
-    print(counts)
     assert counts[0][0] == counts[0][1] > 0  # no mean yet, so no second filter
     assert counts[4][1] == 0  # and no step
     assert sum(0 < selected < reliable for reliable, selected in counts) >= 5
     assert states.norm.optimizer.step.item() == sum(selected > 0 for _, selected in counts)
     moved = (states.norm.params[0] - pipeline.init().norm.params).abs().max()
     assert moved > 0.01
+
+
+# All numbers by hand. Logits are the inputs, normalised: (γ, −γ) or (−γ, γ), so p is 3/4 where γ = ln 3 / 2.
+
+OPPOSITE = torch.tensor([[3.0, -1.0], [1.0, 1.0], [3.0, -1.0], [1.0, 1.0]])
+
+
+def bare(gamma: float, **settings: Any) -> EATA:
+    layer = nn.BatchNorm1d(2, eps=1e-12)
+    layer.weight.data.fill_(gamma)
+    config = EATAConfig(**{"entropy_margin": 0.6, "optimizer": "sgd", "learning_rate": 0.1, "anchor": "l2", **settings})
+    return EATA(Network(nn.Sequential(layer)), classes=2, config=config)
+
+
+def test_two_steps_by_hand() -> None:
+    eata = bare(LN3 / 2, redundancy_margin=0.9, anchor_weight=0.5)
+    states = tree.stack([eata.init()])
+    # H = 0.562335, factor e^(0.6 − H) = 1.038383, ∂H/∂γ = −3/4 (ln 3/4 + H) = −0.205990: gradient −0.213896
+    states, report = eata.adapt(states, one_stream(OPPOSITE), batch(OPPOSITE))
+    torch.testing.assert_close(states.params, torch.tensor([[0.570696, 0.570696, 0, 0]]), atol=1e-6, rtol=0)
+    assert report.entropy.item() == pytest.approx(0.562335, abs=1e-6)
+    assert states.mean_probs.tolist() == [[0.5, 0.5]]
+    # now p = 0.757935, H = 0.553449, cos = √½/‖p‖ = 0.8887 < 0.9, factor 1.047652, ∂H/∂γ = −0.209411: −0.219389;
+    # the anchor pulls by 2 · 0.5 · (0.570696 − 0.549306) = 0.021390; momentum adds 0.9 · −0.213896: −0.390506
+    states, report = eata.adapt(states, one_stream(OPPOSITE), batch(OPPOSITE))
+    torch.testing.assert_close(states.params, torch.tensor([[0.609746, 0.609746, 0, 0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(states.optimizer.first[0, :2], torch.tensor([-0.390506] * 2), atol=1e-6, rtol=0)
+    assert (states.seen.item(), states.reliable.item(), states.selected.item()) == (8, 8, 8)
+    assert (report.seen.item(), report.reliable.item(), report.selected.item()) == (4, 4, 4)
+
+
+def test_redundant_rows_stop_the_second_step() -> None:
+    eata = bare(LN3 / 2, redundancy_margin=0.88)  # cos is 0.8887
+    states, _ = eata.adapt(tree.stack([eata.init()]), one_stream(OPPOSITE), batch(OPPOSITE))
+    again, report = eata.adapt(states, one_stream(OPPOSITE), batch(OPPOSITE))
+    assert torch.equal(again.params, states.params)
+    assert torch.equal(again.optimizer.first, states.optimizer.first)
+    assert (again.optimizer.step.item(), again.selected.item(), again.reliable.item()) == (1, 4, 8)
+    assert (report.reliable.item(), report.selected.item(), report.applied.item()) == (4, 0, False)
+
+
+def test_weights_scale_a_row_s_pull() -> None:
+    eata = bare(LN3 / 2, anchor="none", redundancy_margin=1.0)
+    half = batch(OPPOSITE)._replace(weights=torch.full((4,), 0.5))
+    states, report = eata.adapt(tree.stack([eata.init()]), one_stream(OPPOSITE), half)
+    expected = LN3 / 2 + 0.1 * 0.5 * 0.213896
+    torch.testing.assert_close(states.params[0, :2], torch.tensor([expected] * 2), atol=1e-6, rtol=0)
+    assert report.seen.item() == 4
+
+
+class Passing(nn.Module):
+    """Logits are the inputs, whatever the layer does: for filters by hand."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * self.norm(x)
+
+
+def passing(classes: int, **settings: Any) -> EATA:
+    return EATA(Network(Passing(classes)), classes, config=EATAConfig(anchor="l2", **settings))
+
+
+def test_filters_and_moving_mean_by_hand() -> None:
+    eata = passing(2, entropy_margin=0.5, redundancy_margin=0.8)
+    x = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.1, 0.9]]).log()  # entropies 0.325, 0.693, 0.325
+    states, report = eata.adapt(tree.stack([eata.init()]), one_stream(x), batch(x))
+    assert [field.item() for field in report[:3]] == [3, 2, 2]
+    torch.testing.assert_close(states.mean_probs, torch.tensor([[0.5, 0.5]]))
+    assert report.entropy.item() == pytest.approx((0.325083 + 0.693147 + 0.325083) / 3, abs=1e-6)
+    # entropies 0.325, 0.423, 0.500402; cosines √½/‖p‖ = 0.7809, 0.8192 (redundant), 0.8575
+    x = torch.tensor([[0.9, 0.1], [0.85, 0.15], [0.8, 0.2]]).log()
+    states, report = eata.adapt(states, one_stream(x), batch(x))
+    assert [field.item() for field in report[:3]] == [3, 2, 1]
+    torch.testing.assert_close(states.mean_probs, torch.tensor([[0.54, 0.46]]))  # 0.9 · 0.5 + 0.1 · (0.9, 0.1)
+
+
+def test_margins_follow_the_number_of_classes() -> None:
+    found = {classes: passing(classes) for classes in (2, 10, 100, 1000)}
+    assert found[10].entropy_margin == pytest.approx(0.921034)  # 0.4 · ln 10
+    assert [round(eata.redundancy_margin, 4) for eata in found.values()] == [0.9192, 0.4, 0.1, 0.05]
+
+
+@pytest.mark.parametrize(("margin", "selected"), [(None, 10), (0.4, 10), (0.05, 0)])
+def test_the_redundancy_margin_of_imagenet_selects_nothing_among_ten_classes(
+    margin: float | None, selected: int
+) -> None:
+    """The mean of ten sure rows, one a class, is 0.1 everywhere: its cosine with each is 1/√10 = 0.316."""
+    eata = passing(10, redundancy_margin=margin)
+    x = 20 * torch.eye(10)
+    states, report = eata.adapt(tree.stack([eata.init()]), one_stream(x), batch(x))
+    assert report.selected.item() == 10
+    torch.testing.assert_close(states.mean_probs, torch.full((1, 10), 0.1))
+    _, report = eata.adapt(states, one_stream(x), batch(x))
+    assert (report.reliable.item(), report.selected.item()) == (10, selected)
+
+
+def test_rows_of_nan_are_seen_and_never_selected() -> None:
+    eata = passing(2, entropy_margin=0.5)
+    x = torch.tensor([[float("nan"), 0.0], [5.0, 0.0]])
+    states, report = eata.adapt(tree.stack([eata.init(), eata.init()]), torch.tensor([0, 1]), batch(x, 1, 1))
+    assert [field.tolist() for field in report[:3]] == [[1, 1], [0, 1], [0, 1]]
+    assert states.params.isfinite().all()
+
+
+# What a state is.
+
+
+def eata(network: Network, classes: int = 4, **settings: Any) -> EATA:
+    config = EATAConfig(**{"entropy_margin": 1.1, "redundancy_margin": 0.95, "anchor": "l2", **settings})
+    return EATA(network, classes, config=config)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("statistics", ["batch", "evidence"])
+def test_reset_restores_every_field(optimizer: str, statistics: str, build: Build, images: Images) -> None:
+    adapter = eata(Network(build("batch_norm_2d")), optimizer=optimizer, statistics=statistics)
+    start = {name: leaf.clone() for name, leaf in tree.leaves(adapter.init())}
+    states = tree.stack([adapter.init()])
+    for number in range(3):
+        x = images(9, start=float(number))
+        states, report = adapter.adapt(states, one_stream(x), batch(x))
+        assert report.applied.all()
+    after = dict(tree.leaves(tree.row(states, 0)))
+    never = {"optimizer.second"} if optimizer == "sgd" else set()
+    never |= set() if statistics == "evidence" else {"mean", "var", "images"}
+    assert {name for name in start if torch.equal(after[name], start[name])} == never  # all else has moved
+    reset = dict(tree.leaves(adapter.init()))
+    assert reset.keys() == start.keys()
+    assert len(start) == 11
+    for name in start:
+        assert torch.equal(reset[name], start[name]), name
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Identity(), nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm((1, 2))], ids=str
+)
+def test_a_model_without_known_normalisation_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedModel, match="this model has none that it knows"):
+        eata(Network(nn.Sequential(layer, nn.Linear(2, 2))), classes=2)
+
+
+def test_a_prior_of_another_model_is_refused(build: Build) -> None:
+    network = Network(build("batch_norm_2d"))
+    with pytest.raises(AdapterError, match="holds 22 Fisher values, this model has 20"):
+        EATA(network, 4, EATAPrior(torch.ones(22)))
+
+
+def test_a_missing_prior_is_refused_where_it_is_needed(build: Build) -> None:
+    network = Network(build("batch_norm_2d"))
+    with pytest.raises(AdapterError, match="needs a prior"):
+        EATA(network, 4)
+    for config in (EATAConfig(anchor="l2"), EATAConfig(anchor="none"), EATAConfig(anchor_weight=0.0)):
+        assert EATA(network, 4, config=config).init().params.shape == (20,)
+
+
+def test_evidence_without_statistics_is_the_published_method(build: Build) -> None:
+    assert eata(Network(build("layer_norm")), statistics="evidence").config.statistics == "batch"
+    assert eata(Network(build("batch_norm_2d")), statistics="evidence").config.statistics == "evidence"
+
+
+@pytest.mark.parametrize("statistics", ["batch", "evidence"])
+@pytest.mark.parametrize("kind", ["batch_norm_2d", "group_norm"])
+def test_two_streams_interleaved_are_two_separate_runs(
+    kind: str, statistics: str, build: Build, images: Images
+) -> None:
+    adapter = eata(Network(build(kind)), statistics=statistics)
+    both = tree.stack([adapter.init(), adapter.init()])
+    apart = [tree.stack([adapter.init()]) for _ in range(2)]
+    for number in range(4):
+        x = torch.cat([images(8, start=float(number)), 2 * images(5, start=9.0 - number)])
+        rows = torch.tensor([0] * 8 + [1] * 5)
+        both, report = adapter.adapt(both, rows, batch(x, 8, 5))
+        apart = [adapter.adapt(apart[s], one_stream(part), batch(part))[0] for s, part in enumerate((x[:8], x[8:]))]
+    assert report.applied.all()
+    for (name, found), *alone in zip(tree.leaves(both), *map(tree.leaves, apart), strict=True):
+        expected = torch.cat([leaf for _, leaf in alone])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 10)), min_size=1, max_size=5),
+    statistics=st.sampled_from(["batch", "evidence"]),
+)
+def test_any_mix_of_streams_and_sizes_is_answered_and_learned_like_each_alone(
+    requests: list[tuple[int, int]], statistics: str, build: Build, images: Images
+) -> None:
+    network = Network(build("batch_norm_2d"))
+    adapter = eata(network, statistics=statistics)
+    pipeline = Pipeline(network, norm=adapter)
+    states = tree.stack([pipeline.init()] * 3)
+    warm = torch.cat([images(4), 2 * images(4, start=1.0)])
+    states, _ = pipeline.adapt(states, torch.tensor([0] * 4 + [1] * 4), batch(warm, 4, 4))
+    sizes = tuple(size for _, size in requests)
+    rows = torch.tensor([stream for stream, size in requests for _ in range(size)])
+    x = images(sum(sizes), start=3.0)
+    mixed = pipeline.predict(states, rows, Groups.of(sizes), x).logits.split(list(sizes))
+    for (stream, size), found, part in zip(requests, mixed, x.split(list(sizes)), strict=True):
+        own = tree.stack([tree.row(states, stream)])
+        alone = pipeline.predict(own, one_stream(part), Groups.of((size,)), part).logits
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    new, _ = pipeline.adapt(states, rows, batch(x, *sizes))
+    for stream in range(3):
+        own_sizes = [size for owner, size in requests if owner == stream]
+        expected = tree.stack([tree.row(states, stream)])
+        if own_sizes:
+            mine = x[rows == stream]
+            expected, _ = pipeline.adapt(expected, one_stream(mine), batch(mine, *own_sizes))
+        for (_, found), (_, wanted) in zip(tree.leaves(tree.row(new, stream)), tree.leaves(expected), strict=True):
+            torch.testing.assert_close(found, wanted[0], atol=1e-5, rtol=1e-5)
+
+
+# Statistics by evidence: source ⊕ stream ⊕ request.
+
+
+def evident(**settings: Any) -> EATA:
+    """Two channels; the source's means are 0 and 10, its variances 1 and 4, and they count as 16 images."""
+    layer = nn.BatchNorm1d(2, eps=1e-12)
+    layer.running_mean, layer.running_var = torch.tensor([0.0, 10.0]), torch.tensor([1.0, 4.0])
+    return eata(Network(nn.Sequential(layer)), classes=2, statistics="evidence", anchor="none", **settings)
+
+
+EIGHT = torch.tensor([[3.0, 12.0], [1.0, 8.0]] * 4)  # means 2 and 10, variances 1 and 4
+
+
+def test_evidence_by_hand() -> None:
+    adapter = evident(entropy_margin=-1.0)  # nothing is selected: statistics alone
+    pipeline = Pipeline(adapter.network, norm=adapter)
+    states = tree.stack([pipeline.init()])
+    rows, groups = one_stream(EIGHT), Groups.of((8,))
+    # the request's share is 8 / (8 + 0 + 16) = 1/3: mean 2/3, variance 2/3 + 1/3 + 2/9 · 4 = 17/9; channel 1 as it was
+    told = adapter.modulate(states.norm, rows, groups)
+    assert told.statistics is Statistics.BLEND
+    assert told.own is not None
+    torch.testing.assert_close(told.own, torch.tensor([1 / 3]))
+    answer = pipeline.predict(states, rows, groups, EIGHT)
+    torch.testing.assert_close(answer.logits[0], torch.tensor([(3 - 2 / 3) / (17 / 9) ** 0.5, 1.0]))
+    assert answer.moments is not None
+    torch.testing.assert_close(answer.moments.mean, torch.tensor([[2.0, 10.0]]))
+
+    states, report = pipeline.adapt(states, rows, batch(EIGHT))
+    assert not report.applied.any()
+    torch.testing.assert_close(states.norm.mean, torch.tensor([[2.0, 10.0]]))
+    torch.testing.assert_close(states.norm.var, torch.tensor([[1.0, 4.0]]))
+    assert states.norm.images.item() == 8.0
+    # known now: 1/3 of the stream's; the request's share is 8 / (8 + 8 + 16) = 1/4. Together, 16 images with mean 0 and
+    # 16 with mean 2: mean 1, variance 1 + 1
+    told = adapter.modulate(states.norm, rows, groups)
+    assert told.own is not None
+    torch.testing.assert_close(told.mean, torch.tensor([[2 / 3, 10.0]]))
+    torch.testing.assert_close(told.var, torch.tensor([[17 / 9, 4.0]]))
+    torch.testing.assert_close(told.own, torch.tensor([1 / 4]))
+    answer = pipeline.predict(states, rows, groups, EIGHT)
+    torch.testing.assert_close(answer.logits[0], torch.tensor([(3 - 1) / 2**0.5, 1.0]))
+
+
+def test_two_requests_of_one_stream_pool_their_statistics_up_to_the_cap() -> None:
+    adapter = evident(entropy_margin=-1.0, stream_images_max=10.0)
+    x = torch.cat([EIGHT, EIGHT + torch.tensor([2.0, 0.0])])
+    states, _ = adapter.adapt(tree.stack([adapter.init()]), one_stream(x), batch(x, 8, 8))
+    torch.testing.assert_close(states.mean, torch.tensor([[3.0, 10.0]]))
+    torch.testing.assert_close(states.var, torch.tensor([[1.0 + 1.0, 4.0]]))
+    assert states.images.item() == 10.0
+
+
+@pytest.mark.parametrize(("sizes", "statistics"), [((7,), "KNOWN"), ((1, 7, 3), "KNOWN"), ((8,), "BLEND")], ids=str)
+def test_the_path_follows_from_the_size_of_requests(sizes: tuple[int, ...], statistics: str) -> None:
+    adapter = evident()
+    rows = torch.zeros(sum(sizes), dtype=torch.int64)
+    told = adapter.modulate(tree.stack([adapter.init()]), rows, Groups.of(sizes))
+    assert told.statistics is Statistics[statistics]
+    answer = adapter.network(torch.ones(sum(sizes), 2), told)
+    assert (answer.moments is None) == (statistics == "KNOWN")
+
+
+def test_a_request_of_seven_rows_keeps_its_answer_among_any_mates() -> None:
+    adapter = evident()
+    pipeline = Pipeline(adapter.network, norm=adapter)
+    states, _ = pipeline.adapt(tree.stack([pipeline.init()] * 2), one_stream(EIGHT), batch(EIGHT))
+    seven = EIGHT[:7] + 0.5
+    alone = pipeline.predict(states, one_stream(seven), Groups.of((7,)), seven).logits
+    for mates in (seven[:2] - 3, EIGHT * 100, torch.full((9, 2), float("nan"))):
+        for stream in (0, 1):
+            rows = torch.tensor([0] * 7 + [stream] * len(mates))
+            groups = Groups.of((7, len(mates)))
+            answer = pipeline.predict(states, rows, groups, torch.cat([seven, mates])).logits[:7]
+            torch.testing.assert_close(answer, alone, atol=1e-6, rtol=1e-6)
+    told = adapter.modulate(states.norm, torch.tensor([0] * 15), Groups.of((7, 8)))
+    assert told.own is not None
+    torch.testing.assert_close(told.own, torch.tensor([0.0, 8 / (8 + 8 + 16)]))
+
+
+# No device is waited for, nothing is copied.
+
+WAITING = (
+    "item",
+    "tolist",
+    "nonzero",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "masked_select",
+)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor's value is forbidden: on an accelerator it would wait for all work queued."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("a tensor's value was read")
+
+    for name in WAITING:
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
+CONFIGS = [
+    {"statistics": "batch", "optimizer": "adam"},
+    {"statistics": "evidence", "optimizer": "sgd"},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["statistics"])
+@pytest.mark.parametrize("sizes", [(9,), (1, 8), (2, 3, 4)], ids=str)
+def test_neither_predict_nor_adapt_reads_a_tensor(
+    config: dict[str, Any], sizes: tuple[int, ...], build: Build, images: Images, request: pytest.FixtureRequest
+) -> None:
+    network = Network(build("batch_norm_2d"))
+    pipeline = Pipeline(network, norm=KeepFinite(eata(network, **config)))
+    states = tree.stack([pipeline.init()] * 3)
+    x, groups = images(9), Groups.of(sizes)
+    rows = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    request.getfixturevalue("no_waiting")
+    with pytest.raises(RuntimeError, match="was read"):
+        bool(x.sum() > 0)  # the guard is on
+    pipeline.predict(states, rows, groups, x)
+    pipeline.adapt(states, rows, Batch(x, groups, torch.ones(9)))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["statistics"])
+def test_all_of_it_runs_where_there_are_no_values_at_all(config: dict[str, Any], build: Build, images: Images) -> None:
+    """On the meta device a value cannot be read, not even from C++, and a tensor made elsewhere does not fit."""
+    network = Network(build("batch_norm_2d").to("meta"))
+    pipeline = Pipeline(network, norm=KeepFinite(eata(network, **config)))
+    states = tree.stack([pipeline.init()] * 3)
+    rows, groups = torch.zeros(9, dtype=torch.int64, device="meta"), Groups.of((8, 1), "meta")
+    x, weights = images(9).to("meta"), torch.ones(9, device="meta")
+    assert pipeline.predict(states, rows, groups, x).logits.shape == (9, 4)
+    new, _ = pipeline.adapt(states, rows, Batch(x, groups, weights))
+    assert {leaf.device.type for _, leaf in tree.leaves(new)} == {"meta"}
+
+
+def test_streams_share_the_models_tensors(build: Build, images: Images) -> None:
+    model = build("batch_norm_2d")
+    before = {t.data_ptr() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    network = Network(model)
+    adapter = eata(network)
+    x = images(9)
+    states, _ = adapter.adapt(tree.stack([adapter.init()] * 2), one_stream(x), batch(x))
+    after = {t.data_ptr() for t in (*network.model.parameters(), *network.model.buffers())}
+    assert after == before
+    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
+
+
+@pytest.mark.parametrize("statistics", ["batch", "evidence"])
+def test_predicting_and_learning_threads_do_not_see_each_other(statistics: str, build: Build, images: Images) -> None:
+    network = Network(build("batch_norm_2d"))
+    pipeline = Pipeline(network, norm=eata(network, statistics=statistics))
+    states = tree.stack([pipeline.init()])
+    x, other = images(9), 2 * images(8, start=4.0)
+    answer = pipeline.predict(states, one_stream(x), Groups.of((9,)), x).logits
+    learned, _ = pipeline.adapt(states, one_stream(other), batch(other))
+    answers, states_after = [], []
+
+    def predict() -> None:
+        answers.extend(pipeline.predict(states, one_stream(x), Groups.of((9,)), x).logits for _ in range(30))
+
+    def learn() -> None:
+        states_after.extend(pipeline.adapt(states, one_stream(other), batch(other))[0] for _ in range(30))
+
+    threads = [threading.Thread(target=work) for work in (predict, learn, predict)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(answers) == 60
+    assert len(states_after) == 30
+    assert all(torch.equal(each, answer) for each in answers)
+    assert all(torch.equal(each.norm.params, learned.norm.params) for each in states_after)

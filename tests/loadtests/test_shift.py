@@ -123,15 +123,15 @@ def printed(table):
     return out.getvalue()
 
 
-def test_table_has_the_published_figures_beside_ours():
+def test_table_has_the_reference_beside_ours():
     text = printed(shift.table(ERRORS, "continual"))
     for cell in ("fog", "mean of 2", "35.00", "-20.00", "41.13", "23.71", "clean, afterwards", "13.15"):
         assert cell in text
 
 
 def test_table_of_another_batch_size_has_none():
-    text = printed(shift.table(ERRORS, "per_shift", published=False))
-    assert "published" not in text
+    text = printed(shift.table(ERRORS, "per_shift", reference=False))
+    assert "reference" not in text
     assert "41.13" not in text
 
 
