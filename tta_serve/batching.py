@@ -5,11 +5,14 @@ free device it is taken at once, under load batches grow by themselves.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from tta_serve.errors import Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -83,6 +86,7 @@ class Batcher(Generic[Q, A]):
         self._waiting: Waiting[_Ticket[Q, A]] = Waiting(rows_max, queue_rows)
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self._batch_s = 0.0  # moving mean of a batch's duration
 
     @property
@@ -94,8 +98,9 @@ class Batcher(Generic[Q, A]):
 
     async def stop(self) -> None:
         """End after the batch at hand; those still waiting get `Unavailable`."""
+        self._stopping = True
+        self._arrived.set()
         if self._task:
-            self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         while batch := self._waiting.take():
             for ticket in batch:
@@ -108,7 +113,7 @@ class Batcher(Generic[Q, A]):
             Overloaded: the queue is full.
             Unavailable: the batcher is not running.
         """
-        if not self._task or self._task.done():
+        if self._stopping or not self._task or self._task.done():
             raise Unavailable("the server is not running")
         ticket = _Ticket(request, asyncio.get_running_loop().create_future())
         if not self._waiting.offer(ticket, rows):
@@ -125,6 +130,8 @@ class Batcher(Generic[Q, A]):
         clock = asyncio.get_running_loop().time
         while True:
             await self._arrived.wait()
+            if self._stopping:
+                return
             batch = [ticket for ticket in self._waiting.take() if not ticket.future.done()]
             if not self._waiting.rows:
                 self._arrived.clear()
@@ -134,6 +141,8 @@ class Batcher(Generic[Q, A]):
             requests = [ticket.request for ticket in batch]
             try:
                 answers = await self._run(requests)
+                if len(answers) != len(batch):
+                    raise RuntimeError(f"{len(answers)} answers to {len(batch)} requests")
             except Exception as error:  # noqa: BLE001  # every caller is told, and the loop lives on
                 for ticket in batch:
                     _settle(ticket.future, error)
@@ -146,7 +155,10 @@ class Batcher(Generic[Q, A]):
                 if not ticket.future.done():
                     ticket.future.set_result(answer)
             if self._afterwards:
-                await self._afterwards(requests, answers)
+                try:
+                    await self._afterwards(requests, answers)
+                except Exception:  # the answers are out, and the loop lives on
+                    log.exception("what follows a batch of %d requests failed", len(batch))
             self._batch_s += 0.1 * (clock() - began_s - self._batch_s)
 
 

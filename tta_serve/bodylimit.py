@@ -58,7 +58,7 @@ class BodyLimit:
                 return message
             if not (answered or refused):
                 refused = True
-                await _refuse(send, 413, self._message("more"), linger_on=receive)
+                await _refuse(send, 413, self._message("more"), linger_on=receive if message.get("more_body") else None)
             return {"type": "http.disconnect"}
 
         async def unless_refused(message: Message) -> None:

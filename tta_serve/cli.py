@@ -142,17 +142,21 @@ def demo(
         path = folder.path / "demo.yaml"
         path.write_text(DEMO_CONFIG.format(port=port))
         server = start_detached(path, port)
+    stays = not (once and started)
+    summary = None
     try:
         stream = f"demo-{time.strftime('%H%M%S')}"
-        summary = player.play(server.url, "digits", stream=stream, draws=draws, console=out, once=once)
+        summary = player.play(server.url, "digits", stream=stream, draws=draws, console=out)
+    except KeyboardInterrupt:
+        err.print("Interrupted." if stays else "Interrupted; the server is stopped too.")
     finally:
-        if once and started:
+        if not stays:
             with err.status("stopping the server"):
                 runfolder.stop(server)
-    if not once:
+    if stays:
         show_ready(server)
         out.print(f"It stays up; `tta-serve down --port {port}` stops it.", style="dim", highlight=False)
-    raise typer.Exit(0 if summary.passed else 1)
+    raise typer.Exit(130 if summary is None else 0 if summary.passed else 1)
 
 
 @app.command()

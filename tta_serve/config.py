@@ -28,7 +28,14 @@ def _whole_number(value: object) -> object:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return value
-    return int(number) if number == int(number) else value
+    return int(number) if number.is_integer() else value
+
+
+def _at_least_one(models: tuple[Any, ...]) -> tuple[Any, ...]:
+    # not `min_length`, which counts only the models without problems
+    if not models:
+        raise ValueError("give at least one model")
+    return models
 
 
 def _existing_file(path: Path) -> Path:
@@ -57,7 +64,7 @@ class HTTPSettings(Settings):
 class LimitSettings(Settings):
     """What one request may hold."""
 
-    body_bytes: ByteSize = ByteSize(32 * 2**20)
+    body_bytes: ByteSize = Field(ByteSize(32 * 2**20), gt=0)
     image_pixels: Count = 25_000_000
     images_per_request: Count = 256
 
@@ -93,7 +100,7 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "SourceSettings":
-        if len(self.model_fields_set) != 1:
+        if len([each for each in (self.builtin, self.torchvision, self.python) if each]) != 1:
             raise ValueError("give exactly one of builtin, torchvision, python")
         return self
 
@@ -218,7 +225,7 @@ class Config(Settings):
     http: HTTPSettings = HTTPSettings()
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
-    models: tuple[ModelSettings, ...] = Field(min_length=1)
+    models: Annotated[tuple[ModelSettings, ...], AfterValidator(_at_least_one)]
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Config":
@@ -269,15 +276,27 @@ def load(path: Path) -> Config:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}:1: the file must be a mapping with the key `models`")
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        lines = [f"{path}:{_line(root, problem['loc'])}: {_describe(problem)}" for problem in error.errors()]
+        problems = error.errors()
+        # of a setting that may be `auto` or a number, the number is what was meant: one problem, one line
+        auto = {problem["loc"][:-1] for problem in problems if problem["loc"][-1:] == (_AUTO,)}
+        lines = [
+            f"{path}:{_line(root, problem['loc'])}: {_describe(problem)}"
+            + (" (or auto)" if problem["loc"][:-1] in auto else "")
+            for problem in problems
+            if problem["loc"][-1:] != (_AUTO,)
+        ]
         raise ConfigError("\n".join(lines)) from None
+
+
+_AUTO = "literal['auto']"  # pydantic's name for that branch of a union
+_BRANCHES = ("function-", "literal[", "constrained-")  # steps of a location that are no keys of the file
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -314,7 +333,7 @@ def _walk(node: yaml.Node | None, location: tuple[int | str, ...]) -> Iterator[y
 
 
 def _describe(problem: Any) -> str:
-    where = ".".join(str(step) for step in problem["loc"] if not str(step).startswith(("function-", "literal[")))
+    where = ".".join(str(step) for step in problem["loc"] if not str(step).startswith(_BRANCHES))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         message = "there is no such key"

@@ -4,6 +4,7 @@ A stream is an immutable record in a dict, so publishing is one assignment: a fo
 that it read. `predict` and `learn` may run in two threads at once.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -254,7 +255,7 @@ class Engine:
                     reliable=record.reliable + reliable,
                     selected=record.selected + selected,
                     refused=record.refused + refused,
-                    entropy=None if refused else entropies[i],
+                    entropy=entropies[i] if math.isfinite(entropies[i]) and not refused else None,
                 ),
             )
             result: Any = "refused" if refused else "applied" if applied else "filtered"

@@ -8,7 +8,8 @@ TTAError
 ├── Forbidden
 ├── NotFound
 ├── Overloaded
-└── Unavailable
+├── Unavailable
+└── DemoError (in `demo.py`: a client's, never the server's)
 
 A message names the offending value, the limit and the remedy. All arguments are positional and handed to
 `super().__init__`, so that an error survives pickling between processes.

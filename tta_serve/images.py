@@ -4,7 +4,7 @@ import io
 from typing import cast
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional
 
@@ -12,6 +12,17 @@ from tta_serve.errors import InvalidInput, TooLarge
 from tta_serve.models import InputSpec
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+
+# EXIF's orientation → what turns the picture upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first, from the header alone
 
@@ -43,8 +54,7 @@ def decode(content: bytes, spec: InputSpec, pixels_max: int) -> Tensor:
                 )
             _check_resized(width, height, spec, pixels_max)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(upright), spec)))
+            return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(_upright(image)), spec)))
     except InvalidInput:
         raise
     except UnidentifiedImageError:
@@ -65,9 +75,17 @@ def _check_resized(width: int, height: int, spec: InputSpec, pixels_max: int) ->
         )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says; Pillow's `exif_transpose` writes all tags anew too, and fails on those of some cameras."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns of palettes with transparency that lose it on the way
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

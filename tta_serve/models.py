@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def load(settings: ModelSettings) -> LoadedModel:
     if settings.source.builtin == "digits":
         return _digits(settings)
     if settings.source.builtin == "noop":
-        return LoadedModel(Noop(), InputSpec(32, 32, None), tuple("0123456789"), "", None)
+        labels = _check_labels(settings, settings.labels or tuple("0123456789"), 10)
+        return LoadedModel(Noop(), InputSpec(32, 32, None), labels, "", settings.prior)
     module, preset, labels = _torchvision(settings) if settings.source.torchvision else _python(settings)
     described = settings.input or preset
     if described is None:
@@ -85,9 +87,7 @@ def load(settings: ModelSettings) -> LoadedModel:
     spec = InputSpec(*described.size, described.resize)
     normalised = Normalised(module, described.mean, described.std).eval()
     classes = _count_classes(settings, normalised, spec)
-    labels = settings.labels or labels or tuple(str(i) for i in range(classes))
-    if len(labels) != classes:
-        raise ConfigError(f"models.{settings.name}.labels: {len(labels)} labels for a model of {classes} classes")
+    labels = _check_labels(settings, settings.labels or labels or tuple(str(i) for i in range(classes)), classes)
     return LoadedModel(normalised, spec, labels, _digest(module), settings.prior)
 
 
@@ -97,7 +97,7 @@ def _digits(settings: ModelSettings) -> LoadedModel:
     return LoadedModel(
         Normalised(module, digits.MEAN, digits.STD),
         InputSpec(32, 32, None),
-        settings.labels or digits.LABELS,
+        _check_labels(settings, settings.labels or digits.LABELS, len(digits.LABELS)),
         _digest(module),
         settings.prior or BUILTIN_FOLDER / "digits_prior.safetensors",
     )
@@ -171,7 +171,10 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             return cast(Mapping[str, Tensor], safetensors.torch.load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ConfigError(f"{path}: not a readable state dict: {error}") from error
+        # torch's own words are how to switch off its protection from pickled code
+        unpickled = isinstance(error, pickle.UnpicklingError)
+        reason = "it must hold names and tensors alone, as `model.state_dict()` does" if unpickled else error
+        raise ConfigError(f"{path}: not a readable state dict: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{path}: holds {type(state).__name__}, not a state dict (names and tensors)")
@@ -193,6 +196,12 @@ def _fit(module: nn.Module, state: Mapping[str, Tensor], settings: ModelSettings
             f"{where} does not fit {type(module).__name__}: "
             f"missing {missing[:3]}, unexpected {list(keys.unexpected_keys)[:3]}"
         )
+
+
+def _check_labels(settings: ModelSettings, labels: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    if len(labels) != classes:
+        raise ConfigError(f"models.{settings.name}.labels: {len(labels)} labels for a model of {classes} classes")
+    return labels
 
 
 def _count_classes(settings: ModelSettings, module: nn.Module, spec: InputSpec) -> int:

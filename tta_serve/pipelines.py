@@ -53,6 +53,8 @@ def _eata_config(settings: EATASettings, mode: str) -> EATAConfig:
 
 
 def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -> EATAPrior | None:
+    if not network.channels:
+        return None  # EATA itself says what is wrong
     path = model.prior
     if path is None:
         raise ConfigError(
@@ -60,8 +62,6 @@ def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -
             "[N, height, width, 3], or a .safetensors with `fisher`); without source images set `anchor: l2`"
         )
     if path.suffix == ".npz":
-        if not network.channels:
-            return None  # EATA itself says what is wrong
         images = _read_images(path, model.input)
         return EATAPrior(fisher_diagonal(network, _batches(images, network.scale.device)))
     try:
@@ -73,15 +73,15 @@ def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -
 
 def _read_images(path: Path, spec: InputSpec) -> Tensor:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images = archive["images"][:FISHER_IMAGES]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"prior: {path} holds no readable array `images`: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images = archive["images"]
+    except Exception as error:
+        raise ConfigError(f"prior: {path} holds no readable array `images`: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2 or not images.size:
         raise ConfigError(
             f"prior: `images` of {path} is {images.dtype} {list(images.shape)}, not uint8 [N ≥ 2, H, W, 3]"
         )
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = torch.from_numpy(images[:FISHER_IMAGES]).permute(0, 3, 1, 2)
     if x.shape[2:] != (spec.height, spec.width):
         resized = functional.interpolate(x.float(), (spec.height, spec.width), mode="bilinear", antialias=True)
         x = resized.round().to(torch.uint8)

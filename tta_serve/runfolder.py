@@ -38,7 +38,7 @@ class ServerStatus(NamedTuple):
     @property
     def url(self) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
-        return f"http://{host}:{self.port}"
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 class RunFolder:
@@ -97,9 +97,9 @@ class RunFolder:
         """What the server last said; None where none has run."""
         try:
             content = json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError):
+            return ServerStatus(**{**content, "models": tuple(content["models"])})
+        except (OSError, ValueError, TypeError, KeyError):  # none, or one of another version
             return None
-        return ServerStatus(**{**content, "models": tuple(content["models"])})
 
     def alive(self) -> bool:
         """Whether a server holds this folder."""

@@ -116,6 +116,7 @@ class Service:
         self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
         self._decoders = ThreadPoolExecutor(2, "tta-decode")
         self._learner = Learner(engine, pools, budget, self._count_learned, self._count_skipped)
+        self._stepping: dict[str, int] = {}  # rows of each stream in the step that runs now, in `sync` mode
         self._running = False
 
     async def start(self) -> None:
@@ -144,7 +145,10 @@ class Service:
 
         Raises:
             TooLarge, InvalidInput: see `images.decode`.
+            Unavailable: the service is not running.
         """
+        if not self._running:
+            raise Unavailable("the server is not running")
         self.check_count(len(contents))
         began_s = time.monotonic()
         limit = self.limits.image_pixels
@@ -238,7 +242,7 @@ class Service:
             selected_share=record.selected / record.seen if record.seen else None,
             refused=record.refused,
             entropy=record.entropy,
-            pending_rows=self._learner.pending_rows(stream),
+            pending_rows=self._learner.pending_rows(stream) + self._stepping.get(stream, 0),
             state_bytes=tree.nbytes(record.state),
         )
 
@@ -296,12 +300,15 @@ class Service:
         if not lessons:
             return
         began_s = time.monotonic()
+        self._stepping = {lesson.stream: len(lesson.x) for lesson in lessons}
         try:
             learned = await self._on(self._device, lambda: self.engine.learn(lessons))
         except Exception:  # the answer is out; a failed step must not end the batcher
             log.exception("a learning step failed")
             self._count_skipped(sum(len(lesson.x) for lesson in lessons), "failed")
             return
+        finally:
+            self._stepping = {}
         self._count_learned(learned, time.monotonic() - began_s)
 
     def _count_learned(self, learned: Sequence[Learned], took_s: float) -> None:

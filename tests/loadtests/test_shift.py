@@ -37,7 +37,7 @@ class FakeServer:
             labels[: self.wrong[output["name"]]] += 1
             told = {"name": output["name"], "shape": [len(images)], "datatype": "INT64", "data": labels.tolist()}
             outputs.append(told)
-        return httpx.Response(200, json={"id": header["id"], "outputs": outputs})
+        return httpx.Response(200, json={"id": header.get("id", "made-up"), "outputs": outputs})
 
 
 def shifts(*names, images=8):
@@ -89,6 +89,19 @@ def test_drain_asks_after_each_request():
     server = FakeServer()
     play(server, shifts("fog"), shift.streams("continual"), batch=4, drain=True)
     assert server.stream_calls == 2
+
+
+def test_counters_are_read_after_an_answer_that_teaches_nothing():
+    server, calls = FakeServer(), []
+
+    def handle(request):
+        calls.append((request.method, request.headers.get("x-adapt")))
+        return server(request)
+
+    with Client("http://test", "cifar", transport=httpx.MockTransport(handle)) as client:
+        told = shift.settled(client, "s", np.zeros((1, 3, 2, 2), np.uint8))
+    assert calls == [("POST", "off"), ("GET", None), ("GET", None)]
+    assert told["steps"] == 3
 
 
 def test_a_failed_request_ends_the_run():

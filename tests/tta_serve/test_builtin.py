@@ -7,8 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adapters.norm import Network
-from tta_serve import models
-from tta_serve.builtin import digits, train_digits
+from tta_serve import models, train_digits
+from tta_serve.builtin import digits
 from tta_serve.config import ModelSettings
 
 

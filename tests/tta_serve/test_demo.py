@@ -1,7 +1,9 @@
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,13 +12,19 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tta_serve import demo
+from tta_serve import cli, demo, runfolder
 from tta_serve.builtin import digits
-from tta_serve.demo import DemoError, PhaseFigures, Summary, play
+from tta_serve.demo import DemoError, play
+from tta_serve.demo_figures import PhaseFigures, Summary
+from tta_serve.demo_screen import Screen
 from tta_serve.protocol import parse_infer
+from tta_serve.runfolder import RunFolder, ServerStatus
 from tta_serve.shifts import PHASES, Phase
 
 URL = "http://server/v2/models/digits"
+SHOW_CURSOR = "\x1b[?25h"
+
+Command = Callable[..., tuple[int, str, str, list[int]]]
 
 
 def _mark(number: int) -> Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]:
@@ -39,7 +47,6 @@ def _readable_images(monkeypatch: pytest.MonkeyPatch) -> None:
     phases = tuple(phase._replace(shift=_mark(i)) for i, phase in enumerate(PHASES))
     monkeypatch.setattr(demo, "PHASES", phases)
     monkeypatch.setattr(digits, "split", lambda: digits.Split(images, labels, images, labels))
-    monkeypatch.setattr(demo, "SETTLE_S", 0.01)
 
 
 class FakeServer:
@@ -111,7 +118,7 @@ def quiet(width: int = 80, terminal: bool = False) -> tuple[Console, io.StringIO
     return Console(file=out, width=width, force_terminal=terminal, legacy_windows=False), out
 
 
-def played(server: FakeServer, console: Console | None = None, *, once: bool = True) -> Summary:
+def played(server: FakeServer, console: Console | None = None) -> Summary:
     with server.client() as client:
         return play(
             "http://server/",
@@ -120,7 +127,6 @@ def played(server: FakeServer, console: Console | None = None, *, once: bool = T
             draws=16,
             images_per_request=4,
             console=console or quiet()[0],
-            once=once,
             requests_per_s=math.inf,
             client=client,
         )
@@ -193,19 +199,31 @@ def test_good_is_ahead_on_a_shift_and_within_two_points_without(shifted: bool, a
     assert figures(shifted=shifted, adapting_accuracy=adapting).good == good
 
 
-def test_an_unfinished_round_has_not_passed() -> None:
-    summary = Summary((figures(),))
-    assert not summary.passed
-    assert summary.sentence() == "Stopped after 1 of 6 phases."
-
-
 def test_a_phase_waits_for_rows_that_are_still_to_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "SETTLE_S", 5.0)
-    monkeypatch.setattr(demo.time, "sleep", lambda _: None)
+    slept: list[float] = []
+    monkeypatch.setattr(demo.time, "sleep", slept.append)
     server = FakeServer()
-    server.pending = [0, 8, 4]  # the first look is in the middle of the phase
+    # after each of the four requests of the phase 32 rows may wait, at its end none
+    server.pending = [64, 33, 32, 32, 0, 32, 32, 8, 0]
     assert played(server).passed
+    assert slept == [demo.POLL_S] * 4
     assert server.pending == []
+
+
+def test_a_learner_that_never_catches_up_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(demo.time, "sleep", sleep)
+    monkeypatch.setattr(demo, "LEARNER_WAIT_S", 0.2)
+    server = FakeServer()
+    server.pending = [64] * 1_000
+    played(server)
+    waits = 6 * (4 + 1)
+    assert now[0] == pytest.approx(waits * demo.LEARNER_WAIT_S, rel=0.11)
 
 
 def test_a_busy_server_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +236,16 @@ def test_a_busy_server_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPat
     ]
     assert played(server).passed
     assert slept == [0.2, demo.RETRY_S_MAX]
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("connection refused")
+
+    server = FakeServer()
+    server.handle = refuse  # type: ignore[method-assign]
+    with pytest.raises(DemoError, match=f"{URL} does not answer: connection refused"):
+        played(server)
 
 
 def test_a_refusal_is_told_in_the_servers_words() -> None:
@@ -280,8 +308,8 @@ def test_without_a_terminal_a_line_for_each_phase_and_one_table(width: int) -> N
     text = out.getvalue()
     lines = text.splitlines()
     assert "\x1b" not in text
-    assert lines[1] == "noise: frozen 75.0%, adapting 100.0% (+25.0 points) over 16 images, 4 steps"
-    assert text.count("% right") == 2  # one table
+    assert lines[1] == "noise: 75.0% frozen, 100.0% adapting (+25.0 points), 16 images, 4 steps"
+    assert text.count("selected") == 1  # one table
     assert all(len(line) <= width for line in lines)
     assert "✓ low contrast" in text
     assert " ".join(lines).split()[-5:] == summary.sentence().split()[-5:]
@@ -292,41 +320,93 @@ def test_a_terminal_shows_the_phase_in_progress() -> None:
     with console:
         played(FakeServer(), console)
     assert "✓ clean again" in out.getvalue()
-    screen = demo._Screen(console, "digits", 1024, 2)
+    screen = Screen(console, "digits", 1024)
     console.begin_capture()
     console.print(screen.table([figures(name="clean", shifted=False), figures(draws=512)], running=True))
     text = console.end_capture()
-    assert "round 2" in text
     assert "▸ noise: 512 of 1,024 images" in text
     assert "blur" in text  # still to come
 
 
-def test_without_once_it_plays_until_interrupted() -> None:
+def test_interrupted_it_leaves_the_screen_and_says_so_to_its_caller() -> None:
     server = FakeServer()
     answer = server.handle
 
     def interrupted(request: httpx.Request) -> httpx.Response:
-        if len(server.requests) == 6 * 4 + 6:  # in the second round
+        if len(server.requests) == 6:  # in the second phase
             raise KeyboardInterrupt
         return answer(request)
 
     server.handle = interrupted  # type: ignore[method-assign]
-    summary = played(server, once=False)
-    assert len(summary.phases) == 6
-    assert summary.passed
+    console, out = quiet(terminal=True)
+    with pytest.raises(KeyboardInterrupt):
+        played(server, console)
+    assert "✓ clean" in out.getvalue()
+    assert out.getvalue().endswith(SHOW_CURSOR)
 
 
-def test_interrupted_in_the_first_round_it_tells_what_was_played() -> None:
-    server = FakeServer()
-    answer = server.handle
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `tta-serve demo` with these words on a server that is none, and a play that ends like this.
 
-    def interrupted(request: httpx.Request) -> httpx.Response:
-        if len(server.requests) == 6:
-            raise KeyboardInterrupt
-        return answer(request)
+    Gives its exit code, output, errors, and the ports of the servers that it stopped.
+    """
 
-    server.handle = interrupted  # type: ignore[method-assign]
-    assert [phase.name for phase in played(server, once=False).phases] == ["clean"]
+    def run(*words: str, play: Callable[[], Summary]) -> tuple[int, str, str, list[int]]:
+        server = ServerStatus(8000, "127.0.0.1", 1, "demo.yaml", ("digits",), "ready")
+        stopped: list[int] = []
+        monkeypatch.setattr(runfolder, "ROOT", tmp_path / "run")
+        monkeypatch.setattr(runfolder, "stop", lambda status: stopped.append(status.port))
+        monkeypatch.setattr(cli, "start_detached", lambda *_: server)
+        monkeypatch.setattr(demo, "play", lambda *_, **__: play())
+        monkeypatch.setattr(sys, "argv", ["tta-serve", "demo", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err, stopped
+
+    return run
+
+
+def interrupt() -> Summary:
+    raise KeyboardInterrupt
+
+
+def test_the_command_interrupted_leaves_the_server_running(command: Command) -> None:
+    code, said, told, stopped = command(play=interrupt)
+    assert (code, told, stopped) == (130, "Interrupted.\n", [])
+    assert said.startswith("ready http://127.0.0.1:8000\n")
+    assert said.endswith("It stays up; `tta-serve down --port 8000` stops it.\n")
+
+
+def test_the_command_interrupted_stops_its_server_with_once(command: Command) -> None:
+    code, said, told, stopped = command("--once", play=interrupt)
+    assert (code, said, stopped) == (130, "", [8000])
+    assert told.startswith("Interrupted; the server is stopped too.\n")
+
+
+def test_the_command_leaves_a_server_alone_that_ran_before(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runfolder, "ROOT", tmp_path / "run")
+    folder = RunFolder(8000)
+    with folder.held():
+        folder.write(ServerStatus(8000, "127.0.0.1", 1, "config.yaml", ("digits",), "ready"))
+        code, said, told, stopped = command("--once", play=interrupt)
+    assert (code, told, stopped) == (130, "Interrupted.\n", [])
+    assert "It stays up" in said
+
+
+@pytest.mark.parametrize(("adapting", "expected"), [(0.9, 0), (0.4, 1)])
+@pytest.mark.parametrize("words", [(), ("--once",)])
+def test_the_commands_exit_code_says_whether_adapting_won(
+    command: Command, words: tuple[str, ...], adapting: float, expected: int
+) -> None:
+    summary = Summary((figures(name="clean", shifted=False), figures(adapting_accuracy=adapting)))
+    code, _, told, stopped = command(*words, play=lambda: summary)
+    assert code == expected
+    assert "Interrupted" not in told
+    assert stopped == ([8000] if words else [])
 
 
 def test_requests_are_cut_to_size() -> None:

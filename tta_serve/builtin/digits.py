@@ -2,8 +2,8 @@
 
 The images are scikit-learn's `load_digits` (1,797 of 8×8 grey pixels, 0 … 16; E. Alpaydin & C. Kaynak, "Optical
 Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998), enlarged to 32×32 by bilinear interpolation
-(pixel centres, no corner alignment) and repeated over red, green and blue. `train_digits.py` makes the files beside
-this one.
+(pixel centres, no corner alignment) and repeated over red, green and blue. `tta_serve/train_digits.py` makes
+the files beside this one.
 """
 
 from pathlib import Path
@@ -47,7 +47,8 @@ class Digits(nn.Module):
 
     The first stage rectifies with the absolute value, the others with ReLU: an edge counts whether it goes from dark to
     bright or back. That alone does not make the model blind to polarity, since its statistics are those of bright
-    strokes on black; with statistics that fit, dark strokes on white look much the same to it.
+    strokes on black; with statistics that fit, dark strokes on white look much the same to it. The absolute value was
+    chosen so that the demo's inverted phase can be won back; with plain ReLU, adapting recovered nothing there.
 
     Input: [B, 3, 32, 32], normalised with `MEAN` and `STD`. Output: logits [B, 10], in the order of `LABELS`.
     """

@@ -1,4 +1,4 @@
-"""Train the built-in model and write the files beside it: `python -m tta_serve.builtin.train_digits`.
+"""Train the built-in model and write the files in `builtin/`: `python -m tta_serve.train_digits`.
 
 It sees digits that are moved, turned and resized a little, and none of the shifts that `tta-serve demo` plays. Takes
 about a minute on one core. Run again with the same versions, it gives the same weights.
