@@ -1,7 +1,7 @@
 """What holds the learned parameters near the source's: a quadratic pull, `β Σ_i F_i (θ_i − θ0_i)²`.
 
-With F the Fisher diagonal this is EATA's anchor (arXiv 2204.02610, Eq. 8), after elastic weight consolidation (Kirkpatrick
-et al. 2017, arXiv 1612.00796, Eq. 3); with F = 1 it is a plain L2 anchor.
+With F the Fisher diagonal this is EATA's anchor (arXiv 2204.02610, Eq. 8), after elastic weight consolidation
+(Kirkpatrick et al. 2017, arXiv 1612.00796, Eq. 3); with F = 1 it is a plain L2 anchor.
 """
 
 from collections.abc import Iterable

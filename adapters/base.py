@@ -1,8 +1,8 @@
 """The contract of every adapter.
 
 A *model* is a frozen network. An *adapter* is an algorithm around it, immutable once built: nothing on `self` ever
-changes. Everything that adaptation changes is a *state*: a named tuple of tensors, made by `init()`. One state belongs to
-one stream; *states* is a stacked table of S of them. `rows[i]` says which state row i of a batch uses.
+changes. Everything that adaptation changes is a *state*: a named tuple of tensors, made by `init()`. One state belongs
+to one stream; *states* is a stacked table of S of them. `rows[i]` says which state row i of a batch uses.
 
 An adapter has a *site*, the place where it meets the network, and the one method of that site:
 
@@ -73,6 +73,7 @@ class Moments(NamedTuple):
 
     mean: Tensor  # [G, P]
     var: Tensor  # biased, [G, P]
+    contradiction: Tensor | None = None  # how far they lie from what was known (norm.py), mean over layers, [G]
 
 
 class Output(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from adapters import anchors, losses, optim
 from adapters.base import AdapterError, Batch, Groups, Moments, Report, Site, UnsupportedModel
-from adapters.norm import Modulation, Network, Statistics, pool
+from adapters.norm import Evidence, Modulation, Network, Statistics, pool
 
 MOMENTS_MIN_ROWS = 8  # requests of fewer rows are answered with the stream's statistics alone
 
@@ -34,6 +34,7 @@ class EATAConfig:
     statistics: Literal["batch", "evidence"] = "batch"  # as published, or source ⊕ stream ⊕ request (below)
     source_images: float = 16.0  # "evidence": what the source's statistics count for, in images
     stream_images_max: float = 256.0  # "evidence": what the stream's statistics count for at most, in images
+    class_mix: float = 0.1  # "evidence": τ, variance of a request's mean about its stream's, over that between images
 
 
 class EATAPrior(NamedTuple):
@@ -59,7 +60,7 @@ class EATAState(NamedTuple):
 def redundancy_margin(classes: int) -> float:
     """ε of Eq. 5 for a number of classes: the authors' values for 10, 100 and 1,000, and about `1.3/√C` elsewhere.
 
-    The cosine between two probability vectors grows as classes get fewer; the 0.05 of ImageNet would select nothing at 10.
+    The cosine between two probability vectors grows as classes get fewer; ImageNet's 0.05 would select nothing at 10.
 
     >>> redundancy_margin(10), redundancy_margin(100), redundancy_margin(1000), redundancy_margin(25)
     (0.4, 0.1, 0.05, 0.26)
@@ -71,13 +72,13 @@ class EATA:
     """Entropy minimisation on reliable, non-redundant rows, over normalisation scales and shifts, held by an anchor.
 
     With entropy `H(x)`, probabilities `p(x)` and their moving mean `m` over selected rows, a row is selected where
-    `H(x) < E_0` and `|cos(p(x), m)| < ε`; the loss is the mean over the selected of `exp(E_0 − H(x)) · H(x)`, the factor
-    held constant, plus `β Σ F (θ − θ0)²`. Where no row is selected nothing moves.
+    `H(x) < E_0` and `|cos(p(x), m)| < ε`; the loss is the mean over the selected of `exp(E_0 − H(x)) · H(x)`, the
+    factor held constant, plus `β Σ F (θ − θ0)²`. Where no row is selected nothing moves.
 
     `statistics="batch"` is the published method: every request is normalised by its own statistics. With `"evidence"`,
     statistics are pooled from three sources, in proportion to the images behind each: the source (counting as
-    `source_images`), the stream's past (at most `stream_images_max`), and the request's own rows; requests of fewer than
-    8 rows use the first two alone, so a single image is answered well and for the price of a plain forward.
+    `source_images`), the stream's past (at most `stream_images_max`), and the request's own rows; requests of fewer
+    than 8 rows use the first two alone, so a single image is answered well and for the price of a plain forward.
 
     Args:
         network: must have normalisation layers that can be modulated.
@@ -91,8 +92,8 @@ class EATA:
 
     Deviations from the authors' code (github.com/mr-eggplant/EATA), none of which changes a trajectory:
         all streams of a batch take their steps at once, each from the mean over its own rows; filters are masks, not
-        indexing, so that no step waits for the device; the anchor's gradient is written out. A layer that gets one value
-        per channel uses the source's statistics there; theirs raises an error.
+        indexing, so that no step waits for the device; the anchor's gradient is written out. A layer that gets one
+        value per channel uses the source's statistics there; theirs raises an error.
 
     >>> from torch import nn
     >>> net = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)))
@@ -164,14 +165,20 @@ class EATA:
         scale, shift = params.chunk(2, dim=1)
         if self.config.statistics == "batch":
             return Modulation(scale, shift, states.mean, states.var, rows, groups, Statistics.OWN)
-        mean, var = self._known(states)
+        known = self._known(states)
         if max(groups.sizes) < own_min_rows:
-            return Modulation(scale, shift, mean, var, rows, groups, Statistics.KNOWN)
-        sizes = torch.tensor(
-            [n if n >= own_min_rows else 0 for n in groups.sizes], dtype=mean.dtype, device=mean.device
+            return Modulation(scale, shift, known.mean, known.var, rows, groups, Statistics.KNOWN)
+        own = [self._worth(n) if n >= own_min_rows else 0.0 for n in groups.sizes]
+        evidence = Evidence(
+            known=states.images + self.config.source_images,
+            own=torch.tensor(own, dtype=scale.dtype, device=scale.device),
+            tolerance=self.config.class_mix,
         )
-        own = sizes / (sizes + states.images[groups.of_rows(rows)] + self.config.source_images)
-        return Modulation(scale, shift, mean, var, rows, groups, Statistics.BLEND, own)
+        return Modulation(scale, shift, known.mean, known.var, rows, groups, Statistics.BLEND, evidence)
+
+    def _worth(self, rows: int) -> float:
+        """How many images' worth a request's statistics are as an estimate of its stream's: 1/(1/n + τ)."""
+        return 1 / (1 / rows + self.config.class_mix)
 
     def _known(self, states: EATAState) -> Moments:
         """Source ⊕ stream, [S, P]: what is known before a request is seen."""
@@ -252,17 +259,20 @@ class EATA:
     ) -> EATAState:
         """Take the requests' statistics into their streams': pooled by images, the past capped."""
         of_group = groups.of_rows(rows)
-        images = states.images.new_zeros(len(groups.sizes)).index_add(0, groups.index, seen.to(states.images.dtype))
+        seen_rows = states.images.new_zeros(len(groups.sizes)).index_add(0, groups.index, seen.to(states.images.dtype))
+        images = 1 / (1 / seen_rows + self.config.class_mix)  # where nothing was seen: 1/∞ = 0
         total = _sum_by_state(images, of_group, states.seen)
-        share = (images / total.clamp(min=1)[of_group]).unsqueeze(1)
+        share = (images / total.clamp(min=torch.finfo(total.dtype).tiny)[of_group]).unsqueeze(1)
         mean = _sum_by_state(share * moments.mean, of_group, states.seen)
         between = (moments.mean - mean[of_group]).square()
         var = _sum_by_state(share * (moments.var + between), of_group, states.seen)
-        pooled = pool(Moments(states.mean, states.var), states.images, Moments(mean, var), total)
+        past = states.images
+        if moments.contradiction is not None:
+            doubt = _sum_by_state(share.squeeze(1) * moments.contradiction, of_group, states.seen)
+            past = past / (1 + past * doubt)  # 1/(1/N + B): what is contradicted is worth less from now on
+        pooled = pool(Moments(states.mean, states.var), past, Moments(mean, var), total)
         return states._replace(
-            mean=pooled.mean,
-            var=pooled.var,
-            images=(states.images + total).clamp(max=self.config.stream_images_max),
+            mean=pooled.mean, var=pooled.var, images=(past + total).clamp(max=self.config.stream_images_max)
         )
 
 

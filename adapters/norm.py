@@ -1,8 +1,8 @@
 """A frozen network whose normalisation layers do, row by row, what a `Modulation` says.
 
 The layers are replaced once, when a `Network` is built, by ones that share the frozen tensors. What a forward shall do
-travels beside it in a thread-local slot, so that a predicting and a learning thread use one network at the same time, and
-nothing is copied or swapped in and out.
+travels beside it in a thread-local slot, so that a predicting and a learning thread use one network at the same time,
+and nothing is copied or swapped in and out.
 
 Batch-norm with statistics that are known before the forward is `y = a·x + b` per channel, with `a = γ/√(σ² + ε)` and
 `b = β − a·μ`: one forward then serves any mix of streams, each row with its own stream's `a` and `b`.
@@ -21,13 +21,26 @@ from torch.nn import functional
 
 from adapters.base import Groups, Moments, Output
 
+CONTRADICT_MIN_ROWS = 8  # a smaller request says too little about the spread of images to contradict anything
+
 
 class Statistics(enum.Enum):
     """Where batch-norm's mean and variance come from. Chosen on the host, one for a whole forward."""
 
     KNOWN = "known"  # the table's: nothing is measured on the batch
     OWN = "own"  # each request's own rows
-    BLEND = "blend"  # the table's and the request's own rows, in the share that `own` gives
+    BLEND = "blend"  # the table's and the request's own rows, each by its `Evidence`
+
+
+class Evidence(NamedTuple):
+    """How many images known statistics and a request's own are worth; BLEND weighs them in that proportion.
+
+    Known statistics that a request contradicts are worth less: see `_contradiction`.
+    """
+
+    known: Tensor  # images behind the table's statistics, [S]
+    own: Tensor  # what the request's own statistics are worth, [G]; 0: not used
+    tolerance: float  # contradiction that is taken for chance (the classes of a request are not its stream's)
 
 
 class Modulation(NamedTuple):
@@ -40,7 +53,7 @@ class Modulation(NamedTuple):
     rows: Tensor  # int64 [B]: which of the S rows each row of the batch uses
     groups: Groups
     statistics: Statistics
-    own: Tensor | None = None  # [G], share of the request's own rows in the statistics, 0 … 1; for BLEND
+    evidence: Evidence | None = None  # for BLEND
 
 
 class _Slot(threading.local):
@@ -48,6 +61,7 @@ class _Slot(threading.local):
 
     modulation: Modulation | None = None
     moments: dict[int, list[tuple[Tensor, Tensor]]] | None = None  # by a layer's first channel: one pair a call
+    contradictions: list[Tensor]  # [G], one a call of a layer
     features: Tensor | None = None
 
 
@@ -92,16 +106,21 @@ class Network:
             Logits [B, C]; `moments` where the modulation asks for BLEND.
         """
         slot = self._slot
-        slot.modulation, slot.features = modulation, None
+        slot.modulation, slot.features, slot.contradictions = modulation, None, []
         slot.moments = {} if modulation and modulation.statistics is Statistics.BLEND else None
         try:
             logits = self.model(x)
-            moments = self._collect(slot.moments, len(modulation.groups.sizes)) if modulation and slot.moments else None
+            moments = None
+            if modulation and slot.moments:
+                moments = self._collect(slot.moments, slot.contradictions, len(modulation.groups.sizes))
             return Output(logits, slot.features, moments)
         finally:
             slot.modulation = slot.moments = slot.features = None
+            slot.contradictions = []
 
-    def _collect(self, measured: dict[int, list[tuple[Tensor, Tensor]]], requests: int) -> Moments:
+    def _collect(
+        self, measured: dict[int, list[tuple[Tensor, Tensor]]], contradictions: list[Tensor], requests: int
+    ) -> Moments:
         """What the layers measured, in the order of their channels, whatever the order in which they ran.
 
         A layer that ran twice has the mixture of both; one that did not run or keeps no statistics, the source's.
@@ -114,7 +133,7 @@ class Network:
                 first = _blend(first, other, 1 / number)
             pairs.append(first)
         means, variances = zip(*pairs, strict=True)
-        return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1))
+        return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.stack(contradictions).mean(dim=0))
 
     def _keep_features(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._slot.features = args[0]
@@ -179,12 +198,17 @@ class _BatchNorm(_Layer):
         return _affine(x, mean, var, told.groups.index, scale, shift, told.rows, self.eps)
 
     def _blended(self, x: Tensor, told: Modulation) -> Tensor:
-        assert self.slot.moments is not None and told.own is not None
-        own = _own_statistics(x, told.groups)
-        self.slot.moments.setdefault(self.slice.start, []).append((own[0].detach(), own[1].detach()))
+        assert self.slot.moments is not None
+        assert told.evidence is not None
         of_group = told.groups.of_rows(told.rows)
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
-        mean, var = _blend(known, own, told.own.unsqueeze(1))
+        own = _own_statistics(x, told.groups)
+        own_mean, own_var = own[0].detach(), own[1].detach()
+        contradiction = _contradiction(x.detach(), own_mean, known, told.groups, told.evidence.tolerance)
+        self.slot.moments.setdefault(self.slice.start, []).append((own_mean, own_var))
+        self.slot.contradictions.append(contradiction)
+        share = _own_share(told.evidence, of_group, contradiction)
+        mean, var = _blend(known, own, share.unsqueeze(1))
         scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
         return _affine(x, mean, var, told.groups.index, scale, shift, told.rows, self.eps)
 
@@ -273,6 +297,34 @@ def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     return mean, mean_by_group(centred.mean(spatial) if spatial else centred)
 
 
+def _contradiction(
+    x: Tensor, own_mean: Tensor, known: tuple[Tensor, Tensor], groups: Groups, tolerance: float
+) -> Tensor:
+    """How far each request's mean lies from the known one, beyond chance and `tolerance`; [G], 0 or more.
+
+    In units of the variance between single images: with image means `m_i` of variance `v` within a request of n images,
+    known mean μ and variance σ² per channel, `B = Σ_c ((mean(m) − μ)² − v/n)/σ² / Σ_c v/σ²`: the squared bias of the
+    known mean, less what n images miss it by anyway (the estimate behind James & Stein's shrinkage), so that known
+    statistics are worth no more than 1/B images. Fewer than `CONTRADICT_MIN_ROWS` rows contradict nothing.
+    """
+    image_mean = x.mean(list(range(2, x.dim()))) if x.dim() > 2 else x
+    sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
+    off = (image_mean - own_mean[groups.index]).square()
+    between = torch.zeros_like(own_mean).index_add(0, groups.index, off) / (sizes - 1).clamp(min=1)
+    bias = (own_mean - known[0]).square() - between / sizes
+    tiny = torch.finfo(x.dtype).tiny
+    scale = known[1].clamp(min=tiny)
+    found = (bias / scale).sum(dim=1) / (between / scale).sum(dim=1).clamp(min=tiny)
+    return torch.where(sizes.squeeze(1) < CONTRADICT_MIN_ROWS, 0.0, (found - tolerance).clamp(min=0, max=1e6))
+
+
+def _own_share(evidence: Evidence, of_group: Tensor, contradiction: Tensor) -> Tensor:
+    """The share of each request's own statistics, [G]: its evidence over all that there is."""
+    known = evidence.known[of_group]
+    known = known / (1 + known * contradiction)  # 1/(1/N + B)
+    return evidence.own / (evidence.own + known).clamp(min=torch.finfo(known.dtype).tiny)
+
+
 def _blend(known: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: Tensor | float) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture: `share` of `own`, the rest of `known` (Chan et al., eq. 2.1)."""
     between = own[0] - known[0]
@@ -288,8 +340,9 @@ def pool(known: Moments, known_images: Tensor, new: Moments, new_images: Tensor)
     >>> pool(a, torch.ones(1), b, torch.ones(1))
     Moments(mean=tensor([[0.5000]]), var=tensor([[0.2500]]))
     """
-    share = (new_images / (known_images + new_images).clamp(min=1)).unsqueeze(1)
-    return Moments(*_blend(known, new, share))
+    share = (new_images / (known_images + new_images).clamp(min=torch.finfo(known_images.dtype).tiny)).unsqueeze(1)
+    mean, var = _blend((known.mean, known.var), (new.mean, new.var), share)
+    return Moments(mean, var)
 
 
 def _affine(

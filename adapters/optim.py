@@ -38,6 +38,9 @@ def adam(
         state: table of S rows.
         params: θ, [S, D].
         grad: [S, D].
+        learning_rate: α.
+        betas: β₁, β₂.
+        eps: ε.
 
     Returns:
         The new parameters [S, D] and the new state; the arguments are left alone.
@@ -70,6 +73,8 @@ def sgd(
         state: table of S rows.
         params: θ, [S, D].
         grad: [S, D].
+        learning_rate: the length of a step.
+        momentum: share of the last step that is taken again.
 
     Returns:
         The new parameters [S, D] and the new state; the arguments are left alone.

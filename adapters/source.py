@@ -28,10 +28,10 @@ class Source:
     def init(self) -> SourceState:
         return SourceState()
 
-    def modulate(self, states: SourceState, rows: Tensor, groups: Groups) -> Modulation:
+    def modulate(self, states: SourceState, rows: Tensor, groups: Groups) -> Modulation:  # noqa: ARG002
         source = (self.network.scale, self.network.shift, self.network.mean, self.network.var)
         scale, shift, mean, var = (tensor.unsqueeze(0) for tensor in source)
         return Modulation(scale, shift, mean, var, torch.zeros_like(rows), groups, Statistics.KNOWN)
 
-    def adapt(self, states: SourceState, rows: Tensor, batch: Batch) -> tuple[SourceState, Report]:
+    def adapt(self, states: SourceState, rows: Tensor, batch: Batch) -> tuple[SourceState, Report]:  # noqa: ARG002
         return states, Report.empty(int(rows.max()) + 1 if rows.numel() else 0, rows.device)

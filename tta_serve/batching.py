@@ -38,6 +38,11 @@ class Waiting(Generic[Q]):
         self.rows = 0
         self._queue: deque[tuple[Q, int]] = deque()
 
+    @property
+    def batches(self) -> float:
+        """About how many batches wait: a request is never split, so no more than there are requests."""
+        return min(len(self._queue), self.rows / self.rows_max)
+
     def offer(self, request: Q, rows: int) -> bool:
         """Queue a request; False when there is no room. An empty queue has room for any request."""
         if self._queue and self.rows + rows > self.queue_rows:
@@ -121,7 +126,7 @@ class Batcher(Generic[Q, A]):
             raise Overloaded(
                 f"{waiting.rows} rows are waiting, and these {rows} would pass the limit of {waiting.queue_rows} "
                 "(batching.queue_rows); try again later",
-                max(0.1, self._batch_s * waiting.rows / waiting.rows_max),
+                max(0.1, self._batch_s * waiting.batches),
             )
         self._arrived.set()
         return cast(A, await ticket.future)

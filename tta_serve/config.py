@@ -129,6 +129,7 @@ class EATASettings(Settings):
     momentum: float = Field(0.9, ge=0, lt=1)
     source_images: float = Field(16.0, gt=0)
     stream_images_max: float = Field(256.0, ge=0)
+    class_mix: float = Field(0.1, ge=0)
 
 
 class AdapterSettings(Settings):

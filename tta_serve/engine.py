@@ -152,6 +152,16 @@ class Engine:
             self.record(stream)
             del self._streams[stream]
 
+    def _open_or_pass(self, stream: str) -> StreamRecord:
+        """As `open`; a stream that was deleted while it asked, and has no room now, passes by without a trace.
+
+        A batch must not fail for one of its streams.
+        """
+        try:
+            return self.open(stream)
+        except Overloaded:
+            return StreamRecord(self._init, incarnation=0)
+
     def _new_life(self) -> StreamRecord:
         self._lives += 1
         return StreamRecord(self._init, incarnation=self._lives)
@@ -164,7 +174,7 @@ class Engine:
             For each query its answer, and the rows as a lesson that may be given to `learn`.
         """
         inputs = [to_unit(query.x.to(self.device, non_blocking=True)) for query in queries]
-        records = [self.open(query.stream) for query in queries]
+        records = [self._open_or_pass(query.stream) for query in queries]
         adapted = self._forward(
             [i for i, query in enumerate(queries) if query.answer != "frozen"], inputs, queries, records
         )
@@ -275,3 +285,19 @@ class Engine:
 def to_unit(x: Tensor) -> Tensor:
     """Images as float32 in [0, 1]; uint8 means 0 … 255."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that the configuration names; `auto` is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def plan_threads(cores: int, models_on_node: int) -> int:
+    """Threads of one forward, so that predicting, learning and HTTP of all models fit the cores.
+
+    >>> plan_threads(2, 1), plan_threads(16, 1), plan_threads(16, 3)
+    (1, 7, 2)
+    """
+    return max(1, (cores - models_on_node) // (2 * models_on_node))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +17,7 @@ from tta_serve.models import InputSpec, LoadedModel
 
 FISHER_IMAGES = 2000  # the paper's number of source samples (section 5)
 FISHER_BATCH = 200
+FISHER_BATCH_LARGE = 64  # as the authors take for ImageNet: above 64×64 pixels, a backward over 200 needs tens of GB
 
 
 def build(settings: ModelSettings, model: LoadedModel, device: torch.device) -> Pipeline:
@@ -49,6 +50,7 @@ def _eata_config(settings: EATASettings, mode: str) -> EATAConfig:
         statistics="batch" if mode == "sync" else "evidence",
         source_images=settings.source_images,
         stream_images_max=settings.stream_images_max,
+        class_mix=settings.class_mix,
     )
 
 
@@ -65,9 +67,15 @@ def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -
         images = _read_images(path, model.input)
         return EATAPrior(fisher_diagonal(network, _batches(images, network.scale.device)))
     try:
-        fisher = safetensors.torch.load_file(path)["fisher"]
+        with safetensors.safe_open(path, framework="pt") as file:
+            fisher, header = file.get_tensor("fisher"), file.metadata() or {}
     except Exception as error:
         raise ConfigError(f"models.{settings.name}.prior: {path} holds no readable `fisher`: {error}") from error
+    if header.get("digest", model.digest) != model.digest:
+        raise ConfigError(
+            f"models.{settings.name}.prior: {path} was made for the weights {header['digest']}, "
+            f"and these are {model.digest}; make it anew, or give source images (.npz)"
+        )
     return EATAPrior(fisher.to(network.scale.device))
 
 
@@ -89,5 +97,6 @@ def _read_images(path: Path, spec: InputSpec) -> Tensor:
 
 
 def _batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    for batch in torch.split(images, FISHER_BATCH):
+    large = images.shape[2] * images.shape[3] > 64 * 64
+    for batch in torch.split(images, FISHER_BATCH_LARGE if large else FISHER_BATCH):
         yield batch.to(device).float() / 255

@@ -4,13 +4,12 @@ import logging
 import os
 from typing import Any
 
-import torch
 from ray import serve
 from starlette.types import ASGIApp
 
 from tta_serve import models, pipelines
 from tta_serve.config import LimitSettings, ModelSettings, Tokens
-from tta_serve.engine import Engine
+from tta_serve.engine import Engine, pick_device, plan_threads
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
 from tta_serve.learner import Pools
@@ -54,22 +53,6 @@ def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node
 def app_name(model: str) -> str:
     """The Ray Serve application of a model; the prefix keeps a model named `front` apart from the front."""
     return f"model-{model}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that the configuration names; `auto` is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def plan_threads(cores: int, models_on_node: int) -> int:
-    """Threads of one forward, so that predicting, learning and HTTP of all models fit the cores.
-
-    >>> plan_threads(2, 1), plan_threads(16, 1), plan_threads(16, 3)
-    (1, 7, 2)
-    """
-    return max(1, (cores - models_on_node) // (2 * models_on_node))
 
 
 class ModelReplica:

@@ -5,6 +5,7 @@ process ids that may have been used again.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -103,14 +104,14 @@ class RunFolder:
 
     def alive(self) -> bool:
         """Whether a server holds this folder."""
-        if not self.path.is_dir():
-            return False
-        probe = FileLock(self.path / "lock")
         try:
-            probe.acquire(blocking=False)
-        except Timeout:
+            # not with a FileLock, which makes file and folder anew: the server may be removing them just now
+            with (self.path / "lock").open() as probe:
+                fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
-        probe.release()
+        except FileNotFoundError:
+            return False
         return False
 
     def remove(self) -> None:

@@ -30,17 +30,22 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def write_config(tmp_path_factory, free_port) -> Callable[..., tuple[Path, int]]:
+def write_config(tmp_path_factory, free_port) -> Iterator[Callable[..., tuple[Path, int]]]:
     """Writes a configuration of one model, `digits` unless told otherwise; gives its path and its port."""
+    ports = set()
 
     def write(port: int | None = None, **model: Any) -> tuple[Path, int]:
         port = port or free_port()
+        ports.add(port)
         content = {"http": {"port": port}, "models": [{"name": "digits", "source": {"builtin": "digits"}, **model}]}
         path = tmp_path_factory.mktemp("config") / "config.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path, port
 
-    return write
+    yield write
+    for port in ports:
+        if not RunFolder(port).alive():  # a start that failed leaves its logs
+            RunFolder(port).remove()
 
 
 @pytest.fixture(scope="session")

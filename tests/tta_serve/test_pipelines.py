@@ -107,12 +107,20 @@ def test_without_a_fisher_anchor_no_prior_is_needed(build: Callable[..., Pipelin
     assert eata_of(build({"eata": settings})).importance == (1.0 if settings.get("anchor") == "l2" else 0.0)
 
 
-def test_a_prior_of_another_model(build: Callable[..., Pipeline]) -> None:
-    size = load_file(digits.PRIOR)["fisher"].numel()
-    assert error(lambda: build(prior=digits.PRIOR)) == (
-        f"models.m.adapter: the prior holds {size} Fisher values, this model has 8 normalisation parameters: "
+def test_a_prior_of_another_model(build: Callable[..., Pipeline], tmp_path: Path) -> None:
+    path = tmp_path / "prior.safetensors"
+    save_file({"fisher": torch.zeros(416)}, path)
+    assert error(lambda: build(prior=path)) == (
+        "models.m.adapter: the prior holds 416 Fisher values, this model has 8 normalisation parameters: "
         "the prior belongs to another model"
     )
+
+
+def test_a_prior_that_names_other_weights(build: Callable[..., Pipeline], tmp_path: Path) -> None:
+    path = tmp_path / "prior.safetensors"
+    save_file({"fisher": torch.zeros(8)}, path, metadata={"digest": "0123456789abcdef"})
+    said = error(lambda: build(prior=path))
+    assert said.startswith(f"models.m.prior: {path} was made for the weights 0123456789abcdef, ")
 
 
 def test_a_prior_without_fisher(build: Callable[..., Pipeline], tmp_path: Path) -> None:
