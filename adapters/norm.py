@@ -22,6 +22,7 @@ from torch.nn import functional
 from adapters.base import Groups, Moments, Output
 
 CONTRADICT_MIN_ROWS = 8  # a smaller request says too little about the spread of images to contradict anything
+CONTRADICTION_MAX = 1e6  # known statistics are then worth a millionth of an image
 
 
 class Statistics(enum.Enum):
@@ -204,7 +205,7 @@ class _BatchNorm(_Layer):
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
         own = _own_statistics(x, told.groups)
         own_mean, own_var = own[0].detach(), own[1].detach()
-        contradiction = _contradiction(x.detach(), own_mean, known, told.groups, told.evidence.tolerance)
+        contradiction = _contradiction(x.detach(), own_mean, known, told.groups, told.evidence.tolerance, self.eps)
         self.slot.moments.setdefault(self.slice.start, []).append((own_mean, own_var))
         self.slot.contradictions.append(contradiction)
         share = _own_share(told.evidence, of_group, contradiction)
@@ -298,7 +299,7 @@ def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
 
 
 def _contradiction(
-    x: Tensor, own_mean: Tensor, known: tuple[Tensor, Tensor], groups: Groups, tolerance: float
+    x: Tensor, own_mean: Tensor, known: tuple[Tensor, Tensor], groups: Groups, tolerance: float, eps: float
 ) -> Tensor:
     """How far each request's mean lies from the known one, beyond chance and `tolerance`; [G], 0 or more.
 
@@ -312,10 +313,11 @@ def _contradiction(
     off = (image_mean - own_mean[groups.index]).square()
     between = torch.zeros_like(own_mean).index_add(0, groups.index, off) / (sizes - 1).clamp(min=1)
     bias = (own_mean - known[0]).square() - between / sizes
-    tiny = torch.finfo(x.dtype).tiny
-    scale = known[1].clamp(min=tiny)
-    found = (bias / scale).sum(dim=1) / (between / scale).sum(dim=1).clamp(min=tiny)
-    return torch.where(sizes.squeeze(1) < CONTRADICT_MIN_ROWS, 0.0, (found - tolerance).clamp(min=0, max=1e6))
+    scale = known[1] + eps  # as in the normalisation: σ² of a channel that is always zero is 0
+    # where images are all alike, both sums are rounding; a millionth of σ² lies above that, and below any real spread
+    spread = (between / scale).sum(dim=1).clamp(min=1e-6 * own_mean.shape[1])
+    found = ((bias / scale).sum(dim=1) / spread).clamp(max=CONTRADICTION_MAX)  # before the tolerance, which may be ∞
+    return torch.where(sizes.squeeze(1) < CONTRADICT_MIN_ROWS, 0.0, (found - tolerance).clamp(min=0))
 
 
 def _own_share(evidence: Evidence, of_group: Tensor, contradiction: Tensor) -> Tensor:
@@ -337,8 +339,8 @@ def pool(known: Moments, known_images: Tensor, new: Moments, new_images: Tensor)
     """Pool two sets of statistics, [S, P] each, in proportion to the images behind them, [S] each.
 
     >>> a, b = Moments(torch.zeros(1, 1), torch.zeros(1, 1)), Moments(torch.ones(1, 1), torch.zeros(1, 1))
-    >>> pool(a, torch.ones(1), b, torch.ones(1))
-    Moments(mean=tensor([[0.5000]]), var=tensor([[0.2500]]))
+    >>> pool(a, torch.ones(1), b, torch.ones(1))[:2]
+    (tensor([[0.5000]]), tensor([[0.2500]]))
     """
     share = (new_images / (known_images + new_images).clamp(min=torch.finfo(known_images.dtype).tiny)).unsqueeze(1)
     mean, var = _blend((known.mean, known.var), (new.mean, new.var), share)

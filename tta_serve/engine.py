@@ -122,14 +122,33 @@ class Engine:
         record = self._streams.get(stream)
         if record is not None:
             return record
+        return self.begin(stream) or self.record(stream)
+
+    def begin(self, stream: str) -> StreamRecord | None:
+        """Begin a stream; None if it exists already.
+
+        Raises:
+            Overloaded: there are `streams_max` already.
+        """
+        if stream in self._streams:
+            return None
         with self._lock:
-            if stream not in self._streams and len(self._streams) >= self.streams_max:
+            if stream in self._streams:
+                return None
+            if len(self._streams) >= self.streams_max:
                 raise Overloaded(
                     f"there are {self.streams_max} streams, the limit (streams.max); "
                     f"delete one before beginning {stream!r}",
                     retry_after_s=60,
                 )
-            return self._streams.setdefault(stream, self._new_life())
+            record = self._streams[stream] = self._new_life()
+            return record
+
+    def take_back(self, stream: str, begun: StreamRecord) -> None:
+        """Undo `begin`, unless the stream has gone on since."""
+        with self._lock:
+            if self._streams.get(stream) is begun:
+                del self._streams[stream]
 
     def reset(self, stream: str) -> StreamRecord:
         """Begin a stream's life anew: its state becomes `init()`. What was under way for the old life is dropped.
@@ -159,7 +178,7 @@ class Engine:
         """
         try:
             return self.open(stream)
-        except Overloaded:
+        except (Overloaded, NotFound):
             return StreamRecord(self._init, incarnation=0)
 
     def _new_life(self) -> StreamRecord:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MODEL_VERSION = "1"
 INPUT_NAME = "images"
+PARSE_INLINE_BYTES = 256 * 1024
 TOP = 5  # classes listed for each image by `predict`
 STREAMS_PAGE_MAX = 1000
 
@@ -164,7 +165,11 @@ class ModelRoutes:
         """Open Inference Protocol v2: tensors in, tensors out; JSON, or with binary tensor data."""
         self._may_predict(request)
         body = await request.body()
-        asked = parse_infer(body, request.headers.get("inference-header-content-length"))
+        header_length = request.headers.get("inference-header-content-length")
+        if len(body) <= PARSE_INLINE_BYTES:
+            asked = parse_infer(body, header_length)
+        else:  # megabytes of JSON take a second, in which no other request would be heard
+            asked = await self.service().off_loop(lambda: parse_infer(body, header_length))
         options = read_options(request, asked.parameters.get("stream"))
         unknown = [name for name in asked.tensors if name != INPUT_NAME]
         if unknown:

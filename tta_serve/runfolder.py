@@ -78,7 +78,7 @@ class RunFolder:
         """
         self.make()
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=1)  # `alive` holds it for an instant
         except Timeout:
             raise ConfigError(
                 f"a tta-serve already runs on port {self.port}; `tta-serve down --port {self.port}` stops it"

@@ -17,7 +17,7 @@ from adapters import tree
 from tta_serve import images
 from tta_serve.batching import Batcher
 from tta_serve.engine import Answer, AnswerKind, Engine, Learned, Lesson, Query
-from tta_serve.errors import InvalidInput, TooLarge, Unavailable
+from tta_serve.errors import InvalidInput, Overloaded, TooLarge, Unavailable
 from tta_serve.learner import Learner, Pools
 from tta_serve.metrics import Metrics
 from tta_serve.models import InputSpec
@@ -160,6 +160,14 @@ class Service:
         self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="decode")
         return x
 
+    async def off_loop(self, call: Callable[[], T]) -> T:
+        """Run something slow beside the event loop, where pictures are decoded.
+
+        Raises:
+            Unavailable: the service is stopping.
+        """
+        return await self._on(self._decoders, call)
+
     def check_count(self, count: int) -> None:
         """Raise unless a request may hold that many images."""
         if count < 1:
@@ -211,9 +219,14 @@ class Service:
             Overloaded: no room for the request or for a new stream.
         """
         check_stream(stream)
-        self.engine.open(stream)
+        begun = self.engine.begin(stream)
         asked = _Asked(Query(x, stream, answer), adapt, time.monotonic())
-        result, _ = await self._batcher.submit(asked, rows=len(x))
+        try:
+            result, _ = await self._batcher.submit(asked, rows=len(x))
+        except Overloaded:
+            if begun:  # a request that was refused leaves no stream behind
+                self.engine.take_back(stream, begun)
+            raise
         self.metrics.count("tta_images_total", len(x))
         prediction = Prediction(result.logits, result.frozen_logits, result.version)
         if not all(np.isfinite(logits).all() for logits in prediction[:2] if logits is not None):

@@ -21,6 +21,7 @@ from adapters import (
     Groups,
     KeepFinite,
     Network,
+    Output,
     Pipeline,
     Statistics,
     UnsupportedModel,
@@ -377,18 +378,42 @@ def evident(**settings: Any) -> EATA:
 EIGHT = torch.tensor([[3.0, 12.0], [1.0, 8.0]] * 4)  # means 2 and 10, variances 1 and 4
 
 
+SAME = EIGHT - torch.tensor([2.0, 0.0])  # the source's very means and variances
+
+
+def pooled(adapter: EATA, states: Any, *requests: Tensor, weights: Tensor | None = None) -> Any:
+    """The only stream's states after one step."""
+    x = torch.cat(requests)
+    learned = batch(x, *map(len, requests))
+    learned = learned if weights is None else learned._replace(weights=weights)
+    return adapter.adapt(states, one_stream(x), learned)[0]
+
+
+def answered_by(adapter: EATA, states: Any, x: Tensor) -> tuple[float, Output]:
+    """The share that a request's own first mean has in the one it was answered with; and the answer."""
+    rows, groups = one_stream(x), Groups.of((len(x),))
+    told = adapter.modulate(states, rows, groups)
+    output = adapter.network(x, told)
+    slope = (output.logits[0, 0] - output.logits[1, 0]) / (x[0, 0] - x[1, 0])
+    mean = x[0, 0] - output.logits[0, 0] / slope
+    return ((mean - told.mean[0, 0]) / (x[:, 0].mean() - told.mean[0, 0])).item(), output
+
+
 def test_evidence_by_hand() -> None:
-    adapter = evident(entropy_margin=-1.0)  # nothing is selected: statistics alone
+    adapter = evident(entropy_margin=-1.0, class_mix=0.125)  # nothing is selected: statistics alone
     pipeline = Pipeline(adapter.network, norm=adapter)
     states = tree.stack([pipeline.init()])
     rows, groups = one_stream(EIGHT), Groups.of((8,))
-    # the request's share is 8 / (8 + 0 + 16) = 1/3: mean 2/3, variance 2/3 + 1/3 + 2/9 · 4 = 17/9; channel 1 as it was
     told = adapter.modulate(states.norm, rows, groups)
     assert told.statistics is Statistics.BLEND
-    assert told.own is not None
-    torch.testing.assert_close(told.own, torch.tensor([1 / 3]))
+    assert told.evidence is not None
+    assert told.evidence.known.tolist() == [16.0]
+    assert told.evidence.own.tolist() == [4.0]  # 1/(1/8 + 1/8)
+    assert told.evidence.tolerance == 0.125
+    # between its images, variances are 8/7 and 32/7: the contradiction is ((4 − 1/7) − 1/7) / (16/7) − 1/8 = 1.5; the
+    # source's 16 images are worth 16/25, the share is 25/29: mean 50/29, variance 1 + 25/29 · 4/29 · 4 = 1241/29²
     answer = pipeline.predict(states, rows, groups, EIGHT)
-    torch.testing.assert_close(answer.logits[0], torch.tensor([(3 - 2 / 3) / (17 / 9) ** 0.5, 1.0]))
+    torch.testing.assert_close(answer.logits[0], torch.tensor([37 / 1241**0.5, 1.0]))
     assert answer.moments is not None
     torch.testing.assert_close(answer.moments.mean, torch.tensor([[2.0, 10.0]]))
 
@@ -396,25 +421,135 @@ def test_evidence_by_hand() -> None:
     assert not report.applied.any()
     torch.testing.assert_close(states.norm.mean, torch.tensor([[2.0, 10.0]]))
     torch.testing.assert_close(states.norm.var, torch.tensor([[1.0, 4.0]]))
-    assert states.norm.images.item() == 8.0
-    # known now: 1/3 of the stream's; the request's share is 8 / (8 + 8 + 16) = 1/4. Together, 16 images with mean 0 and
-    # 16 with mean 2: mean 1, variance 1 + 1
+    assert states.norm.images.item() == 4.0
+    # known now: 1/5 of the stream's, which 20 images are behind
     told = adapter.modulate(states.norm, rows, groups)
-    assert told.own is not None
-    torch.testing.assert_close(told.mean, torch.tensor([[2 / 3, 10.0]]))
-    torch.testing.assert_close(told.var, torch.tensor([[17 / 9, 4.0]]))
-    torch.testing.assert_close(told.own, torch.tensor([1 / 4]))
-    answer = pipeline.predict(states, rows, groups, EIGHT)
-    torch.testing.assert_close(answer.logits[0], torch.tensor([(3 - 1) / 2**0.5, 1.0]))
+    assert told.evidence is not None
+    assert told.evidence.known.tolist() == [20.0]
+    torch.testing.assert_close(told.mean, torch.tensor([[0.4, 10.0]]))
+    torch.testing.assert_close(told.var, torch.tensor([[1 + 0.16 * 4, 4.0]]))
+    # ((1.6² − 1/7)/1.64 − 1/7) / ((8/7)/1.64 + 8/7) − 1/8 = 0.598485; 20 images are worth 1.542056 beside 4
+    share, _ = answered_by(adapter, states.norm, EIGHT)
+    assert share == pytest.approx(0.721754, abs=1e-5)
+
+
+def test_without_contradiction_evidence_is_a_count_of_images() -> None:
+    """Seven rows contradict nothing, and `adapt` uses their own statistics all the same."""
+    adapter = evident(entropy_margin=-1.0, class_mix=0.0)
+    states = pooled(adapter, tree.stack([adapter.init()]), EIGHT[:4] + torch.tensor([100.0, 0.0]))
+    assert states.images.item() == 4.0
+    states = pooled(adapter, states, EIGHT[:4] + torch.tensor([104.0, 0.0]))
+    assert states.images.item() == 8.0
+    torch.testing.assert_close(states.mean, torch.tensor([[104.0, 10.0]]))
+    torch.testing.assert_close(states.var, torch.tensor([[1.0 + 4.0, 4.0]]))
+    told = adapter.modulate(states, one_stream(EIGHT), Groups.of((8,)))  # known: 1/3 of it
+    torch.testing.assert_close(told.mean, torch.tensor([[104 / 3, 10.0]]))
+    torch.testing.assert_close(told.var, torch.tensor([[2 / 3 * 1 + 1 / 3 * 5 + 2 / 9 * 104**2, 4.0]]))
 
 
 def test_two_requests_of_one_stream_pool_their_statistics_up_to_the_cap() -> None:
-    adapter = evident(entropy_margin=-1.0, stream_images_max=10.0)
+    adapter = evident(entropy_margin=-1.0, stream_images_max=7.0, class_mix=0.125)
     x = torch.cat([EIGHT, EIGHT + torch.tensor([2.0, 0.0])])
     states, _ = adapter.adapt(tree.stack([adapter.init()]), one_stream(x), batch(x, 8, 8))
     torch.testing.assert_close(states.mean, torch.tensor([[3.0, 10.0]]))
     torch.testing.assert_close(states.var, torch.tensor([[1.0 + 1.0, 4.0]]))
-    assert states.images.item() == 10.0
+    assert states.images.item() == 7.0
+
+
+def test_requests_pool_by_their_worth_in_images() -> None:
+    """At τ = 1/8, eight rows are worth 4 images, and 24 rows 6: sixteen more rows of one request say little more."""
+    adapter = evident(entropy_margin=-1.0, class_mix=0.125)
+    states = pooled(adapter, tree.stack([adapter.init()]), SAME, EIGHT.repeat(3, 1))
+    assert states.images.item() == pytest.approx(10.0)
+    torch.testing.assert_close(states.mean, torch.tensor([[0.6 * 2, 10.0]]))
+    torch.testing.assert_close(states.var, torch.tensor([[1 + 0.24 * 4, 4.0]]))
+
+
+def test_images_grow_to_the_cap_while_requests_are_alike() -> None:
+    adapter = evident(entropy_margin=-1.0, stream_images_max=20.0)  # τ = 0.1: eight rows are worth 40/9
+    states, found = tree.stack([adapter.init()]), []
+    for _ in range(6):
+        states = pooled(adapter, states, SAME)
+        found.append(states.images.item())
+    assert found == pytest.approx([40 / 9, 80 / 9, 120 / 9, 160 / 9, 20, 20])
+    torch.testing.assert_close(states.mean, torch.tensor([[0.0, 10.0]]))
+    torch.testing.assert_close(states.var, torch.tensor([[1.0, 4.0]]))
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_images_grow_to_the_cap_on_requests_drawn_alike(rows: int) -> None:
+    network = Network(nn.Sequential(nn.BatchNorm1d(64)))
+    adapter = eata(network, classes=64, statistics="evidence", anchor="none", entropy_margin=-1.0)
+    states, found = tree.stack([adapter.init()]), [0.0]
+    drawn = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        states = pooled(adapter, states, torch.randn(rows, 64, generator=drawn))
+        found.append(states.images.item())
+    assert found == sorted(found)
+    assert found[-1] == 256.0
+
+
+def test_a_sudden_change_is_answered_by_the_request_itself_and_the_past_forgotten() -> None:
+    adapter = evident(entropy_margin=-1.0, stream_images_max=20.0)
+    states = tree.stack([adapter.init()])
+    for _ in range(6):
+        states = pooled(adapter, states, SAME)
+    share, _ = answered_by(adapter, states, SAME + 0.1)
+    assert share == pytest.approx((40 / 9) / (40 / 9 + 36), abs=1e-3)
+    # ten deviations away: ((100 − 1/7) + (100 − 1/7)) / (16/7) − 0.1 = 87.275; the 36 images known are worth 0.0114545
+    changed = SAME + torch.tensor([10.0, 20.0])
+    share, answer = answered_by(adapter, states, changed)
+    assert share == pytest.approx(0.997429, abs=1e-5)
+    torch.testing.assert_close(answer.logits[:2], torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), atol=0.15, rtol=0)
+    # and the stream's 20 are worth 20/(1 + 20 · 87.275) = 0.0114515 beside the request's 40/9
+    states = pooled(adapter, states, changed)
+    assert states.images.item() == pytest.approx(4.455896, abs=1e-5)
+    torch.testing.assert_close(states.mean, torch.tensor([[10.0, 30.0]]), atol=0.06, rtol=0)
+
+
+def test_a_sudden_change_in_small_requests_takes_nothing_from_the_past() -> None:
+    adapter = evident(entropy_margin=-1.0, stream_images_max=20.0)
+    states = tree.stack([adapter.init()])
+    for _ in range(3):
+        states = pooled(adapter, states, SAME)
+    states = pooled(adapter, states, SAME[:4] + 100)
+    assert states.images.item() == pytest.approx(120 / 9 + 1 / (1 / 4 + 0.1))
+    share, answer = answered_by(adapter, states, SAME[:7] + 100)
+    assert share == pytest.approx(0.0, abs=1e-5)
+    assert answer.moments is None
+
+
+@pytest.mark.parametrize(("class_mix", "images"), [(0.0, 1.0), (0.25, 0.8)])
+def test_a_single_row_counts_for_an_image_at_most(class_mix: float, images: float) -> None:
+    adapter = evident(entropy_margin=-1.0, class_mix=class_mix)
+    states = pooled(adapter, tree.stack([adapter.init()]), EIGHT[:1])
+    assert states.images.item() == pytest.approx(images)
+    assert states.mean.tolist() == [[3.0, 12.0]]
+    assert states.var.tolist() == [[0.0, 0.0]]
+    told = adapter.modulate(states, one_stream(EIGHT[:1]), Groups.of((1,)))
+    assert told.statistics is Statistics.KNOWN
+    share = images / (16 + images)
+    torch.testing.assert_close(told.mean, torch.tensor([[3 * share, 10 + 2 * share]]))
+    assert adapter.network(EIGHT[:1], told).logits.isfinite().all()
+    states = pooled(adapter, states, EIGHT[1:2])
+    assert states.images.item() == pytest.approx(2 * images)
+    torch.testing.assert_close(states.mean, torch.tensor([[2.0, 10.0]]))
+    torch.testing.assert_close(states.var, torch.tensor([[1.0, 4.0]]))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (16,), (1, 15)], ids=str)
+def test_rows_of_weight_zero_pool_nothing_and_contradict_nothing(sizes: tuple[int, ...]) -> None:
+    adapter = evident(entropy_margin=-1.0)
+    states = pooled(adapter, tree.stack([adapter.init()]), SAME)
+    far = [torch.full((size, 2), 1e3) + torch.arange(size).unsqueeze(1) for size in sizes]
+    after = pooled(adapter, states, *far, weights=torch.zeros(16))
+    for name in ("mean", "var", "images"):
+        torch.testing.assert_close(getattr(after, name), getattr(states, name), atol=0, rtol=0)
+    beside = pooled(adapter, states, EIGHT, *far, weights=torch.tensor([1.0] * 8 + [0.0] * 16))
+    alone = pooled(adapter, states, EIGHT)
+    assert alone.images.item() != pytest.approx(80 / 9)  # EIGHT does contradict
+    for name in ("mean", "var", "images"):
+        torch.testing.assert_close(getattr(beside, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("sizes", "statistics"), [((7,), "KNOWN"), ((1, 7, 3), "KNOWN"), ((8,), "BLEND")], ids=str)
@@ -440,8 +575,8 @@ def test_a_request_of_seven_rows_keeps_its_answer_among_any_mates() -> None:
             answer = pipeline.predict(states, rows, groups, torch.cat([seven, mates])).logits[:7]
             torch.testing.assert_close(answer, alone, atol=1e-6, rtol=1e-6)
     told = adapter.modulate(states.norm, torch.tensor([0] * 15), Groups.of((7, 8)))
-    assert told.own is not None
-    torch.testing.assert_close(told.own, torch.tensor([0.0, 8 / (8 + 8 + 16)]))
+    assert told.evidence is not None
+    torch.testing.assert_close(told.evidence.own, torch.tensor([0.0, 40 / 9]))
 
 
 # No device is waited for, nothing is copied.

@@ -1,3 +1,4 @@
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapters import Groups, Modulation, Moments, Network, Statistics
-from adapters.norm import pool
+from adapters.norm import CONTRADICTION_MAX, Evidence, _contradiction, _own_share, pool
 
 Build = Callable[..., nn.Module]
 Images = Callable[..., Tensor]
@@ -22,6 +23,11 @@ def of_source(network: Network, rows: Tensor, groups: Groups, statistics: Statis
     """Every stream of a table of three has the source's own numbers."""
     scale, shift, mean, var = (t.expand(3, -1) for t in (network.scale, network.shift, network.mean, network.var))
     return Modulation(scale, shift, mean, var, rows, groups, statistics, **other)
+
+
+def evidence(known: float, *own: float, tolerance: float = math.inf) -> Evidence:
+    """The same images behind each of three streams; unless told otherwise, nothing is contradicted."""
+    return Evidence(torch.full((3,), known), torch.tensor(own), tolerance)
 
 
 def one_request(rows: int) -> Groups:
@@ -120,22 +126,227 @@ def test_blend_by_hand() -> None:
     network = Network(nn.Sequential(nn.BatchNorm1d(1, eps=TINY)))
     x = torch.tensor([[1.0], [3.0], [7.0]])
     rows, groups = torch.tensor([0, 0, 1]), Groups.of((2, 1))
-    told = of_source(network, rows, groups, Statistics.BLEND, own=torch.tensor([0.5, 0.0]))
+    told = of_source(network, rows, groups, Statistics.BLEND, evidence=evidence(8.0, 8.0, 0.0))
     answer, _, moments = network(x, told)
     # request 0 has mean 2, variance 1, the source 0 and 1; half of each: mean 1, variance 1 + 0.25·4 = 2
     torch.testing.assert_close(answer, torch.tensor([[0.0], [2 / 2**0.5], [7.0]]))
     assert moments is not None
-    torch.testing.assert_close(moments, Moments(torch.tensor([[2.0], [7.0]]), torch.tensor([[1.0], [0.0]])))
+    expected = Moments(torch.tensor([[2.0], [7.0]]), torch.tensor([[1.0], [0.0]]), contradiction=torch.zeros(2))
+    torch.testing.assert_close(moments, expected)
 
 
-@pytest.mark.parametrize(("share", "same_as"), [(0.0, Statistics.KNOWN), (1.0, Statistics.OWN)])
-def test_blend_has_known_and_own_as_its_ends(share: float, same_as: Statistics, build: Build, images: Images) -> None:
+@pytest.mark.parametrize(("known", "own", "same_as"), [(5.0, 0.0, Statistics.KNOWN), (0.0, 5.0, Statistics.OWN)])
+def test_blend_has_known_and_own_as_its_ends(
+    known: float, own: float, same_as: Statistics, build: Build, images: Images
+) -> None:
     network, x = Network(build("batch_norm_2d")), images(6)
     rows, groups = torch.tensor([0, 0, 0, 1, 1, 1]), Groups.of((3, 3))
-    blend = network(x, of_source(network, rows, groups, Statistics.BLEND, own=torch.full((2,), share)))
+    blend = network(x, of_source(network, rows, groups, Statistics.BLEND, evidence=evidence(known, own, own)))
     other = network(x, of_source(network, rows, groups, same_as))
     torch.testing.assert_close(blend.logits, other.logits, atol=1e-5, rtol=0)
     assert other.moments is None
+
+
+# What a request's own statistics are worth against known ones. EIGHT has means 2 and 10 and variances 1 and 4; between
+# its images they are 8/7 and 32/7, so eight images miss a mean by 1/7 and 4/7, squared, anyway.
+
+EIGHT = torch.tensor([[3.0, 12.0], [1.0, 8.0]] * 4)
+NAN = float("nan")
+
+
+def contradicted(
+    x: Tensor, mean: list[float], var: list[float], *sizes: int, tolerance: float = 0.0, eps: float = TINY
+) -> Tensor:
+    """The contradiction of each request with one known mean and variance."""
+    groups = Groups.of(sizes or (len(x),))
+    image_means = x.flatten(2).mean(2) if x.dim() > 2 else x
+    own_mean = torch.stack([part.mean(0) for part in image_means.split(list(groups.sizes))])
+    known = (torch.tensor(mean).expand_as(own_mean), torch.tensor(var).expand_as(own_mean))
+    return _contradiction(x, own_mean, known, groups, tolerance, eps)
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "expected"),
+    [
+        ([0.0, 10.0], [1.0, 4.0], 1.625),  # ((4 − 1/7) + (0 − 4/7)/4) / (8/7 + 8/7) = 26/16
+        ([0.0, 14.0], [1.0, 4.0], 3.375),  # (27/7 + (16 − 4/7)/4) / (16/7) = 54/16
+        ([0.0, 10.0], [4.0, 4.0], 0.575),  # ((27/7)/4 − 1/7) / (2/7 + 8/7) = 23/40
+        ([2.0, 10.0], [1.0, 4.0], 0.0),  # the same means: −2/7 / …, which is nothing
+        ([2.5, 10.0], [1.0, 4.0], 0.0),  # 1/4 − 2/7 < 0: within chance
+        ([3.0, 10.0], [1.0, 4.0], 0.3125),  # (1 − 2/7) / (16/7) = 5/16
+    ],
+    ids=str,
+)
+def test_contradiction_by_hand(mean: list[float], var: list[float], expected: float) -> None:
+    torch.testing.assert_close(contradicted(EIGHT, mean, var), torch.tensor([expected]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "expected"), [(0.0, 1.625), (0.125, 1.5), (1.625, 0.0), (2.0, 0.0), (math.inf, 0.0)]
+)
+def test_tolerance_is_taken_off_a_contradiction(tolerance: float, expected: float) -> None:
+    found = contradicted(EIGHT, [0.0, 10.0], [1.0, 4.0], tolerance=tolerance)
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+def test_fewer_than_eight_rows_contradict_nothing(rows: int, mean: float) -> None:
+    assert contradicted(EIGHT[:rows], [mean, mean], [1.0, 4.0]).tolist() == [0.0]
+    # nor among larger ones
+    x = torch.cat([EIGHT[:rows], EIGHT])
+    found = contradicted(x, [0.0, 10.0], [1.0, 4.0], rows, 8)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.625]))
+
+
+def test_contradiction_counts_images_not_their_values() -> None:
+    """Each image is (m + 10, m − 10), m = 3, 1, 3, …: only m varies between images."""
+    x = EIGHT[:, :1, None, None] + torch.tensor([10.0, -10.0])
+    torch.testing.assert_close(contradicted(x, [0.0], [1.0]), torch.tensor([3.375]))  # (4 − 1/7) / (8/7) = 27/8
+    torch.testing.assert_close(contradicted(x, [0.0], [101.0]), torch.tensor([3.375]))  # one channel: σ² cancels
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.7, 123.456])
+@pytest.mark.parametrize("rows", [8, 9, 11, 13])
+def test_equal_images_at_the_known_mean_contradict_nothing(tolerance: float, value: float, rows: int) -> None:
+    """Both sums are rounding then; their quotient must not be."""
+    x = torch.full((2 * rows, 2), value)
+    for sizes in ((2 * rows,), (rows, rows)):
+        groups = Groups.of(sizes)
+        for own in (value, value * (1 + 1e-7), value * (1 - 1e-7)):
+            own_mean = torch.full((len(sizes), 2), own)
+            known = (torch.full_like(own_mean, value), torch.ones_like(own_mean))
+            found = _contradiction(x, own_mean, known, groups, tolerance, TINY)
+            torch.testing.assert_close(found, torch.zeros(len(sizes)), atol=1e-3, rtol=0)
+    network = Network(nn.Sequential(nn.BatchNorm1d(2)))
+    told = of_source(network, torch.zeros(2 * rows, dtype=torch.int64), Groups.of((rows, rows)), Statistics.BLEND)
+    told = told._replace(mean=torch.full((3, 2), value), evidence=evidence(16.0, 8.0, 8.0, tolerance=tolerance))
+    answer = network(x, told)
+    assert answer.moments is not None
+    assert answer.moments.contradiction is not None
+    torch.testing.assert_close(answer.moments.contradiction, torch.zeros(2), atol=1e-3, rtol=0)
+    assert answer.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [1.0, 50.0, 1e18])
+def test_equal_images_off_the_known_mean_are_believed(value: float) -> None:
+    found = contradicted(torch.full((8, 2), value), [0.0, 0.0], [1.0, 1.0])
+    assert found.tolist() == [CONTRADICTION_MAX]
+    share = _own_share(Evidence(torch.tensor([256.0]), torch.tensor([4.0]), 0.0), torch.tensor([0]), found)
+    torch.testing.assert_close(share, torch.tensor([1.0]), atol=1e-6, rtol=0)
+    # at ∞ tolerance even they are not
+    assert contradicted(torch.full((8, 2), value), [0.0, 0.0], [1.0, 1.0], tolerance=math.inf).tolist() == [0.0]
+
+
+def test_a_channel_without_known_variance_stays_finite() -> None:
+    """Its σ² is 0, as where a source never saw anything but zeros: ε stands in for it, as in the normalisation."""
+    found = contradicted(EIGHT, [0.0, 0.0], [1.0, 0.0], eps=1e-5)
+    # channel 1 outweighs: ((100 − 4/7) + 1e-5 · 27/7) / (32/7 + 1e-5 · 8/7) = 21.75
+    torch.testing.assert_close(found, torch.tensor([21.75]), atol=1e-3, rtol=0)
+    layer = nn.BatchNorm1d(2)
+    layer.running_var = torch.tensor([1.0, 0.0])
+    network = Network(nn.Sequential(layer))
+    told = of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=evidence(16.0, 8.0))
+    for tolerance in (0.1, math.inf):
+        weighed = evidence(16.0, 8.0, tolerance=tolerance)
+        assert network(1e6 * EIGHT, told._replace(evidence=weighed)).logits.isfinite().all()
+
+
+def test_rows_of_nan_stay_in_their_request() -> None:
+    x = torch.cat([EIGHT, EIGHT, EIGHT[:3]])
+    x[1, 0] = NAN
+    found = contradicted(x, [0.0, 10.0], [1.0, 4.0], 8, 8, 3)
+    torch.testing.assert_close(found, torch.tensor([NAN, 1.625, 0.0]), equal_nan=True)
+    network = Network(nn.Sequential(nn.BatchNorm1d(2)))
+    rows, groups = torch.tensor([0] * 8 + [1] * 8 + [0] * 3), Groups.of((8, 8, 3))
+    weighed = evidence(16.0, 8.0, 8.0, 0.0, tolerance=0.1)
+    logits = network(x, of_source(network, rows, groups, Statistics.BLEND, evidence=weighed)).logits
+    assert logits[8:].isfinite().all()
+    weighed = evidence(16.0, 8.0, tolerance=0.1)
+    alone = network(EIGHT, of_source(network, rows[:8], one_request(8), Statistics.BLEND, evidence=weighed)).logits
+    torch.testing.assert_close(logits[8:16], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("known", "own", "contradiction", "expected"),
+    [
+        (16.0, 8.0, 0.0, 1 / 3),
+        (16.0, 4.0, 1.5, 25 / 29),  # 16 images are worth 16/(1 + 24) = 0.64: 4/4.64
+        (1e9, 4.0, 0.25, 0.5),  # however many: no more than 1/B
+        (16.0, 0.0, 1.5, 0.0),
+        (0.0, 8.0, 1.5, 1.0),
+        (0.0, 0.0, 0.0, 0.0),
+        (256.0, 4.0, CONTRADICTION_MAX, 1.0),
+    ],
+)
+def test_shares_by_hand(known: float, own: float, contradiction: float, expected: float) -> None:
+    """The request is of the second stream."""
+    weighed = Evidence(torch.tensor([NAN, known]), torch.tensor([own]), 0.0)
+    found = _own_share(weighed, torch.tensor([1]), torch.tensor([contradiction]))
+    torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-6, rtol=1e-6)
+
+
+def test_blend_by_hand_where_the_request_contradicts() -> None:
+    layer = nn.BatchNorm1d(2, eps=TINY)
+    layer.running_mean, layer.running_var = torch.tensor([0.0, 10.0]), torch.tensor([1.0, 4.0])
+    network = Network(nn.Sequential(layer))
+    weighed = evidence(16.0, 4.0, tolerance=0.125)
+    answer = network(
+        EIGHT, of_source(network, torch.tensor([1] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
+    )
+    # the share is 25/29: mean 50/29, variance 1 + 25/29 · 4/29 · 4 = 1241/29²; channel 1 as it was
+    expected = torch.tensor([[37 / 1241**0.5, 1.0], [-21 / 1241**0.5, -1.0]] * 4)
+    torch.testing.assert_close(answer.logits, expected)
+    assert answer.moments is not None
+    assert answer.moments.contradiction is not None
+    torch.testing.assert_close(answer.moments.contradiction, torch.tensor([1.5]))
+
+
+class Beside(nn.Module):
+    """One layer for each of two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.BatchNorm1d(1, eps=TINY), nn.BatchNorm1d(1, eps=TINY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x[:, :1]), self.right(x[:, 1:])], dim=1)
+
+
+def test_each_layer_weighs_for_itself_and_moments_have_the_mean_over_layers() -> None:
+    network = Network(Beside())
+    x = EIGHT - torch.tensor([0.0, 10.0])  # contradictions (4 − 1/7) / (8/7) = 27/8, and none
+    weighed = evidence(8.0, 1.0, tolerance=0.125)
+    answer = network(x, of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=weighed))
+    assert answer.moments is not None
+    assert answer.moments.contradiction is not None
+    torch.testing.assert_close(answer.moments.contradiction, torch.tensor([3.25 / 2]))
+    # left: 8 images are worth 8/27, the share is 27/35: mean 54/35, variance 1 + 27 · 8 · 4/35² = 2089/35²;
+    # right: the share is 1/9: mean 0, variance 8/9 · 1 + 1/9 · 4 = 4/3
+    expected = torch.tensor([(3 - 54 / 35) * 35 / 2089**0.5, 2 / (4 / 3) ** 0.5])
+    torch.testing.assert_close(answer.logits[0], expected)
+
+
+def test_a_share_is_a_constant_to_gradients() -> None:
+    """Scale and shift of an earlier layer move what a later one measures, yet not how it is weighed."""
+    network = Network(nn.Sequential(nn.BatchNorm1d(2, eps=TINY)))
+    x = EIGHT.clone().requires_grad_()
+    known = torch.zeros(1, 2), torch.ones(1, 2)
+    assert not _contradiction(
+        x.detach(), x.detach().mean(0, keepdim=True), known, one_request(8), 0.1, TINY
+    ).requires_grad
+    weighed = evidence(16.0, 4.0, tolerance=0.1)
+    told = of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
+    first = network(x, told)
+    assert first.moments is not None
+    assert first.moments.contradiction is not None
+    worth = (16 / (1 + 16 * first.moments.contradiction)).item()
+    second = network(x, told._replace(evidence=evidence(worth, 4.0)))
+    torch.testing.assert_close(first.logits, second.logits)
+    pull = torch.linspace(-1, 2, 16).reshape(8, 2)
+    (one,), (other,) = (torch.autograd.grad((each.logits * pull).sum(), x) for each in (first, second))
+    torch.testing.assert_close(one, other)
 
 
 class Crossed(nn.Module):
@@ -155,7 +366,7 @@ class Crossed(nn.Module):
 def test_moments_lie_where_their_channels_do() -> None:
     network = Network(Crossed())
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [1.0, 4.0], [3.0, 4.0]])  # means 2 and 2, variances 1 and 4
-    told = of_source(network, torch.tensor([0] * 4), one_request(4), Statistics.BLEND, own=torch.tensor([0.0]))
+    told = of_source(network, torch.tensor([0] * 4), one_request(4), Statistics.BLEND, evidence=evidence(1.0, 0.0))
     moments = network(x, told).moments
     assert moments is not None
     # the frozen layers scale by nothing; `plain` and `resting` measured nothing and have the source's: 0 and 1
@@ -179,11 +390,11 @@ def test_moments_of_a_layer_used_twice_are_the_mixture_of_both_uses() -> None:
     shared.weight.data.fill_(3.0)
     network = Network(nn.Sequential(shared, nn.ReLU(), shared))
     x, rows = torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0])
-    told = of_source(network, rows, one_request(2), Statistics.BLEND, own=torch.tensor([0.0]))
+    told = of_source(network, rows, one_request(2), Statistics.BLEND, evidence=evidence(1.0, 0.0))
     moments = network(x, told).moments
     assert moments is not None
     # first 1, 3; then 3, 9: means 2 and 6, variances 1 and 9; all four: mean 4, variance 5 + 4
-    torch.testing.assert_close(moments, Moments(torch.tensor([[4.0]]), torch.tensor([[9.0]])))
+    torch.testing.assert_close(moments, Moments(torch.tensor([[4.0]]), torch.tensor([[9.0]]), torch.zeros(1)))
 
 
 def test_torchvisions_resnet18_builds_and_answers() -> None:
@@ -208,7 +419,7 @@ def test_a_layer_that_tracks_no_statistics_stays_as_it_is(statistics: Statistics
     assert network.channels == 2
     assert network.model[0] is untracked
     x = torch.tensor([[1.0, 8.0], [3.0, 4.0]])
-    told = of_source(network, torch.tensor([0, 0]), one_request(2), statistics, own=torch.tensor([0.5]))
+    told = of_source(network, torch.tensor([0, 0]), one_request(2), statistics, evidence=evidence(8.0, 8.0))
     torch.testing.assert_close(network(x, told).logits, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
 
 
@@ -336,8 +547,8 @@ def test_pooling_with_nothing_changes_nothing() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    requests=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), min_size=1, max_size=5),
-    statistics=st.sampled_from([Statistics.KNOWN, Statistics.OWN]),
+    requests=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 10)), min_size=1, max_size=5),
+    statistics=st.sampled_from(Statistics),
     kind=st.sampled_from(KINDS),
 )
 def test_any_mix_of_requests_is_answered_like_each_alone(
@@ -349,7 +560,10 @@ def test_any_mix_of_requests_is_answered_like_each_alone(
     turn = torch.tensor([[1.0], [1.5], [0.5]])
 
     def ask(part: Tensor, rows: list[int], sizes: tuple[int, ...]) -> Tensor:
-        told = of_source(network, torch.tensor(rows), Groups.of(sizes), statistics)
+        known, own = torch.tensor([16.0, 0.0, 200.0]), torch.tensor([0.0 if size < 3 else size for size in sizes])
+        weighed = Evidence(known, own.float(), 0.1)
+        told = of_source(network, torch.tensor(rows), Groups.of(sizes), statistics, evidence=weighed)
+        told = told._replace(mean=told.mean + turn - 1)  # so that the second and third stream are contradicted
         return network(part, told._replace(scale=told.scale * turn, shift=told.shift + turn)).logits
 
     each_row = [stream for stream, size in requests for _ in range(size)]

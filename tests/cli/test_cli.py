@@ -260,3 +260,13 @@ def test_a_run_folder_of_somebody_else_is_refused(command, config, tmp_path, mon
     code, _, told = command("up", config(GOOD), "--detach")
     assert code == 2
     assert "belongs to somebody else" in told
+
+
+def test_looking_for_a_server_brings_nothing_back(command):
+    folder = RunFolder(1)
+    with folder.held():
+        folder.write(ServerStatus(1, "127.0.0.1", os.getpid(), "config.yaml", ("digits",), "ready"))
+    (folder.path / "lock").unlink()  # as far as a server that ends may have come with its folder
+    assert command("status")[0] == 3
+    assert command("down")[0] == 2
+    assert [path.name for path in folder.path.iterdir()] == ["status.json"]
