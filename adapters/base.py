@@ -73,7 +73,7 @@ class Moments(NamedTuple):
 
     mean: Tensor  # [G, P]
     var: Tensor  # biased, [G, P]
-    contradiction: Tensor | None = None  # how far they lie from what was known (norm.py), mean over layers, [G]
+    between: Tensor | None = None  # variance between the means of single images, [G, P]
 
 
 class Output(NamedTuple):

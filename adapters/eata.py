@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from adapters import anchors, losses, optim
 from adapters.base import AdapterError, Batch, Groups, Moments, Report, Site, UnsupportedModel
-from adapters.norm import Evidence, Modulation, Network, Statistics, pool
+from adapters.norm import CONTRADICT_MIN_ROWS, Evidence, Modulation, Network, Statistics, pool
 
 MOMENTS_MIN_ROWS = 8  # requests of fewer rows are answered with the stream's statistics alone
 
@@ -50,6 +50,7 @@ class EATAState(NamedTuple):
     mean: Tensor  # the stream's own statistics, float32 [P]; the source's until something was seen
     var: Tensor  # float32 [P]
     images: Tensor  # images behind `mean` and `var`, capped, float32 []
+    source_images: Tensor  # images that the source's statistics are worth to this stream, float32 []
     mean_probs: Tensor  # m^t, Eq. 4, float32 [C]; zeros until a row was selected
     optimizer: optim.OptimizerState
     seen: Tensor  # rows so far, int64 []
@@ -148,6 +149,7 @@ class EATA:
             mean=self.network.mean.clone(),
             var=self.network.var.clone(),
             images=self.source_params.new_zeros(()),
+            source_images=self.source_params.new_full((), self.config.source_images),
             mean_probs=self.source_params.new_zeros(self.classes),
             optimizer=optim.init(self.config.optimizer, self.source_params),
             seen=zero,
@@ -170,7 +172,7 @@ class EATA:
             return Modulation(scale, shift, known.mean, known.var, rows, groups, Statistics.KNOWN)
         own = [self._worth(n) if n >= own_min_rows else 0.0 for n in groups.sizes]
         evidence = Evidence(
-            known=states.images + self.config.source_images,
+            known=states.images + states.source_images,
             own=torch.tensor(own, dtype=scale.dtype, device=scale.device),
             tolerance=self.config.class_mix,
         )
@@ -183,8 +185,7 @@ class EATA:
     def _known(self, states: EATAState) -> Moments:
         """Source ⊕ stream, [S, P]: what is known before a request is seen."""
         source = Moments(self.network.mean.expand_as(states.mean), self.network.var.expand_as(states.var))
-        source_images = torch.full_like(states.images, self.config.source_images)
-        return pool(source, source_images, Moments(states.mean, states.var), states.images)
+        return pool(source, states.source_images, Moments(states.mean, states.var), states.images)
 
     def adapt(self, states: EATAState, rows: Tensor, batch: Batch) -> tuple[EATAState, Report]:
         """One step of every stream in the batch, from the rows of weight > 0."""
@@ -266,13 +267,25 @@ class EATA:
         mean = _sum_by_state(share * moments.mean, of_group, states.seen)
         between = (moments.mean - mean[of_group]).square()
         var = _sum_by_state(share * (moments.var + between), of_group, states.seen)
-        past = states.images
-        if moments.contradiction is not None:
-            doubt = _sum_by_state(share.squeeze(1) * moments.contradiction, of_group, states.seen)
-            past = past / (1 + past * doubt)  # 1/(1/N + B): what is contradicted is worth less from now on
+        past, source_images = states.images, states.source_images
+        if moments.between is not None:
+            # what a request contradicts is worth less from now on: 1/(1/N + B), of the past and of the source alike
+            stream = Moments(states.mean[of_group], states.var[of_group])
+            source = Moments(self.network.mean.unsqueeze(0), self.network.var.unsqueeze(0))
+            sizes, tolerance = groups.sizes, self.config.class_mix
+            of_past = share.squeeze(1) * self.network.contradiction(moments, stream, sizes, tolerance)
+            large = torch.where(seen_rows >= CONTRADICT_MIN_ROWS, images, 0.0)  # only these measure the source
+            of_source = large * self.network.contradiction(moments, source, sizes, tolerance)
+            past = past / (1 + past * _sum_by_state(of_past, of_group, states.seen))
+            most, measured = self.config.source_images, _sum_by_state(large, of_group, states.seen)
+            doubt = _sum_by_state(of_source, of_group, states.seen) / measured.clamp(min=torch.finfo(total.dtype).tiny)
+            source_images = torch.where(measured > 0, most / (1 + most * doubt), source_images)
         pooled = pool(Moments(states.mean, states.var), past, Moments(mean, var), total)
         return states._replace(
-            mean=pooled.mean, var=pooled.var, images=(past + total).clamp(max=self.config.stream_images_max)
+            mean=pooled.mean,
+            var=pooled.var,
+            images=(past + total).clamp(max=self.config.stream_images_max),
+            source_images=source_images,
         )
 
 

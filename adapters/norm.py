@@ -61,8 +61,7 @@ class _Slot(threading.local):
     """What the forward that runs in this thread was told, and what it leaves behind."""
 
     modulation: Modulation | None = None
-    moments: dict[int, list[tuple[Tensor, Tensor]]] | None = None  # by a layer's first channel: one pair a call
-    contradictions: list[Tensor]  # [G], one a call of a layer
+    moments: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None  # by a layer's first channel: one a call
     features: Tensor | None = None
 
 
@@ -107,34 +106,50 @@ class Network:
             Logits [B, C]; `moments` where the modulation asks for BLEND.
         """
         slot = self._slot
-        slot.modulation, slot.features, slot.contradictions = modulation, None, []
+        slot.modulation, slot.features = modulation, None
         slot.moments = {} if modulation and modulation.statistics is Statistics.BLEND else None
         try:
             logits = self.model(x)
             moments = None
             if modulation and slot.moments:
-                moments = self._collect(slot.moments, slot.contradictions, len(modulation.groups.sizes))
+                moments = self._collect(slot.moments, len(modulation.groups.sizes))
             return Output(logits, slot.features, moments)
         finally:
             slot.modulation = slot.moments = slot.features = None
-            slot.contradictions = []
 
-    def _collect(
-        self, measured: dict[int, list[tuple[Tensor, Tensor]]], contradictions: list[Tensor], requests: int
-    ) -> Moments:
+    def _collect(self, measured: dict[int, list[tuple[Tensor, Tensor, Tensor]]], requests: int) -> Moments:
         """What the layers measured, in the order of their channels, whatever the order in which they ran.
 
         A layer that ran twice has the mixture of both; one that did not run or keeps no statistics, the source's.
         """
-        pairs = []
+        found = []
         for layer in self._layers:
-            source = (layer.mean.expand(requests, -1), layer.var.expand(requests, -1))
-            first, *others = measured.get(layer.slice.start, [source])
+            mean, var = layer.mean.expand(requests, -1), layer.var.expand(requests, -1)
+            (mean, var, between), *others = measured.get(layer.slice.start, [(mean, var, torch.zeros_like(mean))])
             for number, other in enumerate(others, start=2):
-                first = _blend(first, other, 1 / number)
-            pairs.append(first)
-        means, variances = zip(*pairs, strict=True)
-        return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.stack(contradictions).mean(dim=0))
+                mean, var = _blend((mean, var), other[:2], 1 / number)
+                between = between + (other[2] - between) / number
+            found.append((mean, var, between))
+        means, variances, betweens = zip(*found, strict=True)
+        return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.cat(betweens, dim=1))
+
+    def contradiction(self, own: Moments, known: Moments, sizes: tuple[int, ...], tolerance: float) -> Tensor:
+        """How far requests of these sizes lie from known statistics, mean over the batch-norm layers; [G].
+
+        Args:
+            own: of the requests, from a forward with BLEND.
+            known: [G, P] or [1, P].
+            sizes: rows of each request; fewer than `CONTRADICT_MIN_ROWS` contradict nothing.
+            tolerance: see `Evidence`.
+        """
+        assert own.between is not None
+        found = []
+        for layer in self._layers:
+            if isinstance(layer, _BatchNorm):
+                at = layer.slice
+                expected = (known.mean[:, at], known.var[:, at])
+                found.append(_contradiction(own.mean[:, at], own.between[:, at], expected, sizes, tolerance, layer.eps))
+        return torch.stack(found).mean(dim=0)
 
     def _keep_features(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._slot.features = args[0]
@@ -205,9 +220,10 @@ class _BatchNorm(_Layer):
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
         own = _own_statistics(x, told.groups)
         own_mean, own_var = own[0].detach(), own[1].detach()
-        contradiction = _contradiction(x.detach(), own_mean, known, told.groups, told.evidence.tolerance, self.eps)
-        self.slot.moments.setdefault(self.slice.start, []).append((own_mean, own_var))
-        self.slot.contradictions.append(contradiction)
+        between = _between_images(x.detach(), own_mean, told.groups)
+        tolerance = told.evidence.tolerance
+        contradiction = _contradiction(own_mean, between, known, told.groups.sizes, tolerance, self.eps)
+        self.slot.moments.setdefault(self.slice.start, []).append((own_mean, own_var, between))
         share = _own_share(told.evidence, of_group, contradiction)
         mean, var = _blend(known, own, share.unsqueeze(1))
         scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
@@ -298,26 +314,36 @@ def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     return mean, mean_by_group(centred.mean(spatial) if spatial else centred)
 
 
-def _contradiction(
-    x: Tensor, own_mean: Tensor, known: tuple[Tensor, Tensor], groups: Groups, tolerance: float, eps: float
-) -> Tensor:
-    """How far each request's mean lies from the known one, beyond chance and `tolerance`; [G], 0 or more.
-
-    In units of the variance between single images: with image means `m_i` of variance `v` within a request of n images,
-    known mean μ and variance σ² per channel, `B = Σ_c ((mean(m) − μ)² − v/n)/σ² / Σ_c v/σ²`: the squared bias of the
-    known mean, less what n images miss it by anyway (the estimate behind James & Stein's shrinkage), so that known
-    statistics are worth no more than 1/B images. Fewer than `CONTRADICT_MIN_ROWS` rows contradict nothing.
-    """
+def _between_images(x: Tensor, own_mean: Tensor, groups: Groups) -> Tensor:
+    """Variance of the images' means within each request, [G, C]; 0 for a request of one row."""
     image_mean = x.mean(list(range(2, x.dim()))) if x.dim() > 2 else x
-    sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
     off = (image_mean - own_mean[groups.index]).square()
-    between = torch.zeros_like(own_mean).index_add(0, groups.index, off) / (sizes - 1).clamp(min=1)
-    bias = (own_mean - known[0]).square() - between / sizes
+    others = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).sub(1).clamp(min=1)
+    return torch.zeros_like(own_mean).index_add(0, groups.index, off) / others.unsqueeze(1)
+
+
+def _contradiction(
+    own_mean: Tensor,
+    between: Tensor,
+    known: tuple[Tensor, Tensor],
+    sizes: tuple[int, ...],
+    tolerance: float,
+    eps: float,
+) -> Tensor:
+    """How far each request's mean lies from a known one in one layer, beyond chance and `tolerance`; [G], 0 or more.
+
+    In units of the variance between single images: with images' means of variance `v` within a request of n images, and
+    known μ and σ² per channel, `B = Σ_c ((mean − μ)² − v/n)/σ² / Σ_c v/σ²`: the squared bias of the known mean, less
+    what n images miss it by anyway (the estimate behind James & Stein's shrinkage), so that known statistics are worth
+    no more than 1/B images. Fewer than `CONTRADICT_MIN_ROWS` rows contradict nothing.
+    """
+    rows = torch.tensor(sizes, dtype=own_mean.dtype, device=own_mean.device)
+    bias = (own_mean - known[0]).square() - between / rows.unsqueeze(1)
     scale = known[1] + eps  # as in the normalisation: σ² of a channel that is always zero is 0
     # where images are all alike, both sums are rounding; a millionth of σ² lies above that, and below any real spread
     spread = (between / scale).sum(dim=1).clamp(min=1e-6 * own_mean.shape[1])
     found = ((bias / scale).sum(dim=1) / spread).clamp(max=CONTRADICTION_MAX)  # before the tolerance, which may be ∞
-    return torch.where(sizes.squeeze(1) < CONTRADICT_MIN_ROWS, 0.0, (found - tolerance).clamp(min=0))
+    return torch.where(rows < CONTRADICT_MIN_ROWS, 0.0, (found - tolerance).clamp(min=0))
 
 
 def _own_share(evidence: Evidence, of_group: Tensor, contradiction: Tensor) -> Tensor:

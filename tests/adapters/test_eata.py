@@ -1,5 +1,6 @@
 """EATA against the paper, told a second time and straight, and against numbers made by hand."""
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -272,16 +273,16 @@ def test_reset_restores_every_field(optimizer: str, statistics: str, build: Buil
     start = {name: leaf.clone() for name, leaf in tree.leaves(adapter.init())}
     states = tree.stack([adapter.init()])
     for number in range(3):
-        x = images(9, start=float(number))
+        x = images(9, start=float(number)) + 1  # far enough from the source to contradict it
         states, report = adapter.adapt(states, one_stream(x), batch(x))
         assert report.applied.all()
     after = dict(tree.leaves(tree.row(states, 0)))
     never = {"optimizer.second"} if optimizer == "sgd" else set()
-    never |= set() if statistics == "evidence" else {"mean", "var", "images"}
+    never |= set() if statistics == "evidence" else {"mean", "var", "images", "source_images"}
     assert {name for name in start if torch.equal(after[name], start[name])} == never  # all else has moved
     reset = dict(tree.leaves(adapter.init()))
     assert reset.keys() == start.keys()
-    assert len(start) == 11
+    assert len(start) == 12
     for name in start:
         assert torch.equal(reset[name], start[name]), name
 
@@ -422,15 +423,100 @@ def test_evidence_by_hand() -> None:
     torch.testing.assert_close(states.norm.mean, torch.tensor([[2.0, 10.0]]))
     torch.testing.assert_close(states.norm.var, torch.tensor([[1.0, 4.0]]))
     assert states.norm.images.item() == 4.0
-    # known now: 1/5 of the stream's, which 20 images are behind
+    # the source's 16 are worth 16/25 from now on: known are 25/29 of the stream's, which 4.64 images are behind
+    assert states.norm.source_images.item() == pytest.approx(0.64)
     told = adapter.modulate(states.norm, rows, groups)
     assert told.evidence is not None
-    assert told.evidence.known.tolist() == [20.0]
-    torch.testing.assert_close(told.mean, torch.tensor([[0.4, 10.0]]))
-    torch.testing.assert_close(told.var, torch.tensor([[1 + 0.16 * 4, 4.0]]))
-    # ((1.6² − 1/7)/1.64 − 1/7) / ((8/7)/1.64 + 8/7) − 1/8 = 0.598485; 20 images are worth 1.542056 beside 4
+    torch.testing.assert_close(told.evidence.known, torch.tensor([4.64]))
+    torch.testing.assert_close(told.mean, torch.tensor([[50 / 29, 10.0]]))
+    torch.testing.assert_close(told.var, torch.tensor([[1241 / 841, 4.0]]))
+    # EIGHT is no further from it than chance; four more are: (((124/29)² − 1/7)/v − 1/7) / ((8/7)/v + 8/7) − 1/8 =
+    # 6.212056 at v = 1241/841, so the 4.64 images are worth 0.155580 beside 4
     share, _ = answered_by(adapter, states.norm, EIGHT)
-    assert share == pytest.approx(0.721754, abs=1e-5)
+    assert share == pytest.approx(4 / 8.64, abs=1e-5)
+    share, _ = answered_by(adapter, states.norm, EIGHT + torch.tensor([4.0, 0.0]))
+    assert share == pytest.approx(0.962561, abs=1e-5)
+
+
+FURTHER = EIGHT + torch.tensor([4.0, 0.0])  # means 6 and 10
+
+
+def test_pooling_by_hand_with_doubt_of_the_past_and_of_the_source() -> None:
+    adapter = evident(entropy_margin=-1.0, class_mix=0.125)
+    states = pooled(adapter, tree.stack([adapter.init()]), EIGHT)
+    assert (states.images.item(), states.source_images.item()) == (4.0, pytest.approx(0.64))
+    states = pooled(adapter, states, FURTHER)
+    # from the stream's 2: (16 − 2/7) / (16/7) − 1/8 = 6.75, so its 4 images are worth 4/(1 + 27) = 1/7 beside 4
+    assert states.images.item() == pytest.approx(29 / 7)
+    torch.testing.assert_close(states.mean, torch.tensor([[170 / 29, 10.0]]))  # 2 + 28/29 · 4
+    torch.testing.assert_close(states.var, torch.tensor([[1289 / 841, 4.0]]))  # 1 + 28/29² · 16
+    # from the source's 0, not from what was known: (36 − 2/7) / (16/7) − 1/8 = 15.5, and of 16 images, not of 0.64
+    assert states.source_images.item() == pytest.approx(16 / 249)
+    # known then: 29/7 images of the stream beside 16/249 of the source
+    told = adapter.modulate(states, one_stream(EIGHT[:1]), Groups.of((1,)))
+    share = (29 / 7) / (29 / 7 + 16 / 249)
+    torch.testing.assert_close(told.mean, torch.tensor([[share * 170 / 29, 10.0]]))
+    # and back: the source is worth all of its 16 at once; the stream, (170/29)² away, next to nothing beside 4
+    states = pooled(adapter, states, SAME)
+    assert states.source_images.item() == 16.0
+    assert 4.0 < states.images.item() < 4.15
+    assert states.mean[0, 0].item() == pytest.approx(0.0, abs=0.2)
+
+
+def test_doubt_of_a_step_is_the_mean_over_its_large_requests_by_their_worth() -> None:
+    adapter = evident(entropy_margin=-1.0, class_mix=0.125)
+    start = tree.stack([adapter.init()])
+    # contradictions 1.5 and 0, of four images each: 16/(1 + 16 · 0.75)
+    assert pooled(adapter, start, EIGHT, SAME).source_images.item() == pytest.approx(16 / 13)
+    # 24 rows are worth 6 images, and miss a mean by 1/23: (4 − 2/23) / (48/23) − 1/8 = 1.75; (6 · 1.75 + 4 · 0)/10
+    found = pooled(adapter, start, EIGHT.repeat(3, 1), SAME).source_images.item()
+    assert found == pytest.approx(16 / (1 + 16 * 1.05), abs=1e-5)
+    # at τ = 2 eight rows are worth less than one image, and say as much: (2 (100 − 1/7)) / (16/7) − 2 = 85.375
+    found = pooled(evident(entropy_margin=-1.0, class_mix=2.0), start, SAME + torch.tensor([10.0, 20.0]))
+    assert found.source_images.item() == pytest.approx(16 / 1367)
+    # small ones beside them have no say, however many and wherever they lie
+    for small in ([SAME[:7]], [SAME[:1]] * 30, [SAME[:7] + 1e3, SAME[:1] - 5]):
+        assert pooled(adapter, start, EIGHT, *small).source_images.item() == pytest.approx(0.64)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (7, 7, 2)], ids=str)
+def test_requests_of_fewer_than_eight_rows_leave_the_sources_worth_alone(sizes: tuple[int, ...]) -> None:
+    adapter = evident(entropy_margin=-1.0)
+    start = tree.stack([adapter.init()])
+    for states, far in ((start, 100.0), (pooled(adapter, start, EIGHT), 0.0), (pooled(adapter, start, EIGHT), 100.0)):
+        after = pooled(adapter, states, *(SAME[:size] + far for size in sizes))
+        assert after.images.item() > states.images.item()
+        assert torch.equal(after.source_images, states.source_images)
+
+
+def test_a_request_of_which_fewer_than_eight_rows_were_seen_leaves_the_sources_worth_alone() -> None:
+    adapter = evident(entropy_margin=-1.0)
+    states = pooled(adapter, tree.stack([adapter.init()]), EIGHT)
+    after = pooled(adapter, states, SAME, weights=torch.tensor([1.0] * 7 + [0.0]))
+    assert torch.equal(after.source_images, states.source_images)
+    after = pooled(adapter, states, SAME, weights=torch.full((8,), 0.1))  # seen all the same
+    assert after.source_images.item() == 16.0
+
+
+def test_the_sources_worth_is_each_streams_own() -> None:
+    adapter = evident(entropy_margin=-1.0, class_mix=0.125)
+    x = torch.cat([EIGHT, SAME, SAME[:3]])
+    rows = torch.tensor([1] * 8 + [0] * 8 + [2] * 3)
+    states, _ = adapter.adapt(tree.stack([adapter.init()] * 4), rows, batch(x, 8, 8, 3))
+    torch.testing.assert_close(states.source_images, torch.tensor([16.0, 0.64, 16.0, 16.0]))
+    told = adapter.modulate(states, torch.tensor([1] * 8 + [0]), Groups.of((8, 1)))
+    assert told.evidence is not None
+    torch.testing.assert_close(told.evidence.known, torch.tensor([20.0, 4.64, 16 + 24 / 11, 16.0]))
+
+
+def test_a_source_that_counts_for_nothing_stays_so() -> None:
+    adapter = evident(entropy_margin=-1.0, source_images=0.0)
+    states = tree.stack([adapter.init()])
+    for x in (EIGHT, SAME + 100, SAME):
+        states = pooled(adapter, states, x)
+        assert states.source_images.item() == 0.0
+        told = adapter.modulate(states, one_stream(x[:1]), Groups.of((1,)))
+        torch.testing.assert_close(told.mean, states.mean)
 
 
 def test_without_contradiction_evidence_is_a_count_of_images() -> None:
@@ -489,6 +575,72 @@ def test_images_grow_to_the_cap_on_requests_drawn_alike(rows: int) -> None:
     assert found[-1] == 256.0
 
 
+def far_from_source(rows: int, channels: int, means: list[float], steps: int) -> Iterator[tuple[EATA, Any]]:
+    """States after each step on images of N(mean, 1), `steps` for each mean; the source's are 0 and 1."""
+    network = Network(nn.Sequential(nn.BatchNorm1d(channels)))
+    adapter = eata(network, classes=channels, statistics="evidence", anchor="none", entropy_margin=-1.0)
+    states, drawn = tree.stack([adapter.init()]), torch.Generator().manual_seed(0)
+    for mean in means:
+        for _ in range(steps):
+            states = pooled(adapter, states, mean + torch.randn(rows, channels, generator=drawn))
+            yield adapter, states
+
+
+def known_for_a_row(adapter: EATA, states: Any) -> tuple[Tensor, Tensor]:
+    told = adapter.modulate(states, torch.tensor([0]), Groups.of((1,)))
+    assert told.statistics is Statistics.KNOWN
+    return told.mean[0], told.var[0]
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(8, 64), (16, 16), (64, 16)])
+def test_images_grow_to_the_cap_in_a_steady_domain_far_from_the_source(rows: int, channels: int) -> None:
+    run = list(far_from_source(rows, channels, [5.0], steps=60))
+    found = [states.images.item() for _, states in run]
+    assert found == sorted(found)
+    assert found[49] >= 200
+    assert found[-1] == 256.0
+    assert max(states.source_images.item() for _, states in run) < 0.1  # of 16: some 1/25
+    mean, var = known_for_a_row(*run[-1])
+    torch.testing.assert_close(mean.mean(), torch.tensor(5.0), atol=0, rtol=0.02)
+    torch.testing.assert_close(mean, torch.full((channels,), 5.0), atol=0, rtol=0.05)
+    torch.testing.assert_close(var, torch.ones(channels), atol=0, rtol=0.3)
+
+
+def test_few_rows_of_few_channels_doubt_by_chance_and_know_their_domain_all_the_same() -> None:
+    """Over 16 channels, eight rows miss τ = 0.1 by chance now and then: `images` falls, and grows again."""
+    run = list(far_from_source(8, 16, [5.0], steps=60))
+    found = [states.images.item() for _, states in run]
+    assert sum(after < before for before, after in itertools.pairwise(found)) <= 6
+    assert max(found) > 40
+    for step in range(10, 60):
+        adapter, states = run[step]
+        assert states.source_images.item() < 0.1
+        mean, _ = known_for_a_row(adapter, states)
+        torch.testing.assert_close(mean.mean(), torch.tensor(5.0), atol=0, rtol=0.03)
+        torch.testing.assert_close(mean, torch.full((16,), 5.0), atol=0, rtol=0.25)
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(16, 32), (64, 16)])
+def test_after_a_change_the_past_falls_at_once_and_the_source_is_worth_what_it_was(rows: int, channels: int) -> None:
+    run = list(far_from_source(rows, channels, [0.0, 5.0, 0.0], steps=60))
+    images = [states.images.item() for _, states in run]
+    source = [states.source_images.item() for _, states in run]
+    worth = 1 / (1 / rows + 0.1)
+    for last in (59, 119, 179):
+        assert images[last] == 256.0
+    for change in (60, 120):  # the request's own images, and at most 1/25 of one more
+        assert worth < images[change] < worth + 0.05
+        assert images[change : change + 60] == sorted(images[change : change + 60])
+        assert images[change + 5] > 5.9 * worth
+    assert source[:60] == [16.0] * 60
+    assert max(source[60:120]) < 0.1
+    assert source[121:] == [16.0] * 59
+    assert source[120] == pytest.approx(16.0, rel=0.1)
+    for last, expected in ((59, 0.0), (60, 5.0), (119, 5.0), (179, 0.0)):
+        mean, _ = known_for_a_row(*run[last])
+        assert mean.mean().item() == pytest.approx(expected, abs=0.15 if last == 60 else 0.05)
+
+
 def test_a_sudden_change_is_answered_by_the_request_itself_and_the_past_forgotten() -> None:
     adapter = evident(entropy_margin=-1.0, stream_images_max=20.0)
     states = tree.stack([adapter.init()])
@@ -543,12 +695,12 @@ def test_rows_of_weight_zero_pool_nothing_and_contradict_nothing(sizes: tuple[in
     states = pooled(adapter, tree.stack([adapter.init()]), SAME)
     far = [torch.full((size, 2), 1e3) + torch.arange(size).unsqueeze(1) for size in sizes]
     after = pooled(adapter, states, *far, weights=torch.zeros(16))
-    for name in ("mean", "var", "images"):
+    for name in ("mean", "var", "images", "source_images"):
         torch.testing.assert_close(getattr(after, name), getattr(states, name), atol=0, rtol=0)
     beside = pooled(adapter, states, EIGHT, *far, weights=torch.tensor([1.0] * 8 + [0.0] * 16))
     alone = pooled(adapter, states, EIGHT)
     assert alone.images.item() != pytest.approx(80 / 9)  # EIGHT does contradict
-    for name in ("mean", "var", "images"):
+    for name in ("mean", "var", "images", "source_images"):
         torch.testing.assert_close(getattr(beside, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
 
 
@@ -651,7 +803,7 @@ def test_streams_share_the_models_tensors(build: Build, images: Images) -> None:
     states, _ = adapter.adapt(tree.stack([adapter.init()] * 2), one_stream(x), batch(x))
     after = {t.data_ptr() for t in (*network.model.parameters(), *network.model.buffers())}
     assert after == before
-    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
+    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
 
 
 @pytest.mark.parametrize("statistics", ["batch", "evidence"])

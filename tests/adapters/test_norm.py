@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapters import Groups, Modulation, Moments, Network, Statistics
-from adapters.norm import CONTRADICTION_MAX, Evidence, _contradiction, _own_share, pool
+from adapters import Groups, Modulation, Moments, Network, Output, Statistics
+from adapters.norm import CONTRADICTION_MAX, Evidence, _between_images, _contradiction, _own_share, pool
 
 Build = Callable[..., nn.Module]
 Images = Callable[..., Tensor]
@@ -32,6 +32,15 @@ def evidence(known: float, *own: float, tolerance: float = math.inf) -> Evidence
 
 def one_request(rows: int) -> Groups:
     return Groups.of((rows,))
+
+
+def contradiction_of(network: Network, told: Modulation, answer: Output) -> Tensor:
+    """How far each request of a forward lies from what was known of its stream, mean over layers."""
+    assert answer.moments is not None
+    assert told.evidence is not None
+    of_group = told.groups.of_rows(told.rows)
+    known = Moments(told.mean[of_group], told.var[of_group])
+    return network.contradiction(answer.moments, known, told.groups.sizes, told.evidence.tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,8 +140,10 @@ def test_blend_by_hand() -> None:
     # request 0 has mean 2, variance 1, the source 0 and 1; half of each: mean 1, variance 1 + 0.25·4 = 2
     torch.testing.assert_close(answer, torch.tensor([[0.0], [2 / 2**0.5], [7.0]]))
     assert moments is not None
-    expected = Moments(torch.tensor([[2.0], [7.0]]), torch.tensor([[1.0], [0.0]]), contradiction=torch.zeros(2))
+    # between images 1 and 3, the variance is 2; one image has none
+    expected = Moments(*(torch.tensor(values) for values in ([[2.0], [7.0]], [[1.0], [0.0]], [[2.0], [0.0]])))
     torch.testing.assert_close(moments, expected)
+    assert contradiction_of(network, told, Output(answer, None, moments)).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("known", "own", "same_as"), [(5.0, 0.0, Statistics.KNOWN), (0.0, 5.0, Statistics.OWN)])
@@ -162,7 +173,21 @@ def contradicted(
     image_means = x.flatten(2).mean(2) if x.dim() > 2 else x
     own_mean = torch.stack([part.mean(0) for part in image_means.split(list(groups.sizes))])
     known = (torch.tensor(mean).expand_as(own_mean), torch.tensor(var).expand_as(own_mean))
-    return _contradiction(x, own_mean, known, groups, tolerance, eps)
+    return _contradiction(own_mean, _between_images(x, own_mean, groups), known, groups.sizes, tolerance, eps)
+
+
+def test_variance_between_images_by_hand() -> None:
+    x = torch.cat([EIGHT, EIGHT[:1], EIGHT[:3]])
+    own_mean = torch.tensor([[2.0, 10.0], [3.0, 12.0], [7 / 3, 32 / 3]])
+    found = _between_images(x, own_mean, Groups.of((8, 1, 3)))
+    # eight: 8/7 and 32/7; one: none; 3, 1, 3 and 12, 8, 12: (2 · 4/9 + 16/9)/2 = 4/3, and four times as much
+    torch.testing.assert_close(found, torch.tensor([[8 / 7, 32 / 7], [0, 0], [4 / 3, 16 / 3]]))
+    # rows that lie apart; and images of four values each, whose means alone count
+    mixed = torch.tensor([8, 0, 9, 1, 2, 3, 10, 4, 5, 6, 7, 11])
+    groups = Groups(Groups.of((8, 1, 3)).index[mixed], (8, 1, 3))
+    torch.testing.assert_close(_between_images(x[mixed], own_mean, groups), found)
+    spread = x[:, :, None, None] + torch.tensor([[9.0, -9.0], [5.0, -5.0]])
+    torch.testing.assert_close(_between_images(spread, own_mean, Groups.of((8, 1, 3))), found)
 
 
 @pytest.mark.parametrize(
@@ -217,15 +242,14 @@ def test_equal_images_at_the_known_mean_contradict_nothing(tolerance: float, val
         for own in (value, value * (1 + 1e-7), value * (1 - 1e-7)):
             own_mean = torch.full((len(sizes), 2), own)
             known = (torch.full_like(own_mean, value), torch.ones_like(own_mean))
-            found = _contradiction(x, own_mean, known, groups, tolerance, TINY)
+            between = _between_images(x, own_mean, groups)
+            found = _contradiction(own_mean, between, known, groups.sizes, tolerance, TINY)
             torch.testing.assert_close(found, torch.zeros(len(sizes)), atol=1e-3, rtol=0)
     network = Network(nn.Sequential(nn.BatchNorm1d(2)))
     told = of_source(network, torch.zeros(2 * rows, dtype=torch.int64), Groups.of((rows, rows)), Statistics.BLEND)
     told = told._replace(mean=torch.full((3, 2), value), evidence=evidence(16.0, 8.0, 8.0, tolerance=tolerance))
     answer = network(x, told)
-    assert answer.moments is not None
-    assert answer.moments.contradiction is not None
-    torch.testing.assert_close(answer.moments.contradiction, torch.zeros(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(contradiction_of(network, told, answer), torch.zeros(2), atol=1e-3, rtol=0)
     assert answer.logits.isfinite().all()
 
 
@@ -292,15 +316,12 @@ def test_blend_by_hand_where_the_request_contradicts() -> None:
     layer.running_mean, layer.running_var = torch.tensor([0.0, 10.0]), torch.tensor([1.0, 4.0])
     network = Network(nn.Sequential(layer))
     weighed = evidence(16.0, 4.0, tolerance=0.125)
-    answer = network(
-        EIGHT, of_source(network, torch.tensor([1] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
-    )
+    told = of_source(network, torch.tensor([1] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
+    answer = network(EIGHT, told)
     # the share is 25/29: mean 50/29, variance 1 + 25/29 · 4/29 · 4 = 1241/29²; channel 1 as it was
     expected = torch.tensor([[37 / 1241**0.5, 1.0], [-21 / 1241**0.5, -1.0]] * 4)
     torch.testing.assert_close(answer.logits, expected)
-    assert answer.moments is not None
-    assert answer.moments.contradiction is not None
-    torch.testing.assert_close(answer.moments.contradiction, torch.tensor([1.5]))
+    torch.testing.assert_close(contradiction_of(network, told, answer), torch.tensor([1.5]))
 
 
 class Beside(nn.Module):
@@ -314,34 +335,46 @@ class Beside(nn.Module):
         return torch.cat([self.left(x[:, :1]), self.right(x[:, 1:])], dim=1)
 
 
-def test_each_layer_weighs_for_itself_and_moments_have_the_mean_over_layers() -> None:
+def test_each_layer_weighs_for_itself_and_a_contradiction_is_the_mean_over_layers() -> None:
     network = Network(Beside())
     x = EIGHT - torch.tensor([0.0, 10.0])  # contradictions (4 − 1/7) / (8/7) = 27/8, and none
     weighed = evidence(8.0, 1.0, tolerance=0.125)
-    answer = network(x, of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=weighed))
-    assert answer.moments is not None
-    assert answer.moments.contradiction is not None
-    torch.testing.assert_close(answer.moments.contradiction, torch.tensor([3.25 / 2]))
+    told = of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
+    answer = network(x, told)
+    torch.testing.assert_close(contradiction_of(network, told, answer), torch.tensor([3.25 / 2]))
     # left: 8 images are worth 8/27, the share is 27/35: mean 54/35, variance 1 + 27 · 8 · 4/35² = 2089/35²;
     # right: the share is 1/9: mean 0, variance 8/9 · 1 + 1/9 · 4 = 4/3
     expected = torch.tensor([(3 - 54 / 35) * 35 / 2089**0.5, 2 / (4 / 3) ** 0.5])
     torch.testing.assert_close(answer.logits[0], expected)
 
 
+def test_requests_of_one_forward_have_a_contradiction_each_with_any_known_statistics() -> None:
+    """Layers without statistics are left out; a layer's own ε stands in where nothing varies."""
+    network = Network(nn.Sequential(nn.GroupNorm(1, 2), nn.BatchNorm1d(2, eps=TINY), nn.LayerNorm(2)))
+    between = torch.tensor([0.0, 0, 8 / 7, 32 / 7, 0, 0]).expand(3, -1)
+    own = Moments(torch.tensor([9.0, 9, 2, 10, 9, 9]).expand(3, -1), torch.ones(3, 6), between)
+    known = Moments(torch.tensor([[0.0, 0, 0, 10, 0, 0]]), torch.tensor([[1.0, 1, 1, 4, 1, 1]]))
+    found = network.contradiction(own, known, (8, 7, 16), 0.125)
+    # as above; of seven rows nothing; sixteen miss a mean by half as much: ((4 − 1/14) − 1/14) / (16/7) = 27/16
+    torch.testing.assert_close(found, torch.tensor([1.5, 0.0, 1.6875 - 0.125]))
+    each = Moments(known.mean + torch.tensor([[0.0], [0.0], [2.0]]), known.var.expand(3, -1))
+    # the third is expected at 2 and 12: (−1/14 + (4 − 2/7)/4) / (16/7) = 3/8
+    torch.testing.assert_close(network.contradiction(own, each, (8, 8, 16), 0.125), torch.tensor([1.5, 1.5, 0.25]))
+
+
 def test_a_share_is_a_constant_to_gradients() -> None:
     """Scale and shift of an earlier layer move what a later one measures, yet not how it is weighed."""
     network = Network(nn.Sequential(nn.BatchNorm1d(2, eps=TINY)))
     x = EIGHT.clone().requires_grad_()
-    known = torch.zeros(1, 2), torch.ones(1, 2)
-    assert not _contradiction(
-        x.detach(), x.detach().mean(0, keepdim=True), known, one_request(8), 0.1, TINY
-    ).requires_grad
     weighed = evidence(16.0, 4.0, tolerance=0.1)
     told = of_source(network, torch.tensor([0] * 8), one_request(8), Statistics.BLEND, evidence=weighed)
     first = network(x, told)
+    assert first.logits.requires_grad
     assert first.moments is not None
-    assert first.moments.contradiction is not None
-    worth = (16 / (1 + 16 * first.moments.contradiction)).item()
+    assert not any(each is None or each.requires_grad for each in first.moments)
+    contradiction = contradiction_of(network, told, first)
+    assert not contradiction.requires_grad
+    worth = (16 / (1 + 16 * contradiction)).item()
     second = network(x, told._replace(evidence=evidence(worth, 4.0)))
     torch.testing.assert_close(first.logits, second.logits)
     pull = torch.linspace(-1, 2, 16).reshape(8, 2)
@@ -372,6 +405,9 @@ def test_moments_lie_where_their_channels_do() -> None:
     # the frozen layers scale by nothing; `plain` and `resting` measured nothing and have the source's: 0 and 1
     assert moments.mean.tolist() == [[20.0, 20.0, 0, 0, 0, 0, 0, 2.0, 2.0]]
     assert moments.var.tolist() == [[100.0, 400.0, 1, 1, 1, 1, 1, 1.0, 4.0]]
+    assert moments.between is not None  # 4/3 as much, and none of those that measured nothing
+    expected = torch.tensor([[400 / 3, 1600 / 3, 0, 0, 0, 0, 0, 4 / 3, 16 / 3]])
+    torch.testing.assert_close(moments.between, expected)
 
 
 def test_a_layer_used_twice_is_one_layer_modulated_twice() -> None:
@@ -394,7 +430,8 @@ def test_moments_of_a_layer_used_twice_are_the_mixture_of_both_uses() -> None:
     moments = network(x, told).moments
     assert moments is not None
     # first 1, 3; then 3, 9: means 2 and 6, variances 1 and 9; all four: mean 4, variance 5 + 4
-    torch.testing.assert_close(moments, Moments(torch.tensor([[4.0]]), torch.tensor([[9.0]]), torch.zeros(1)))
+    # between its images: 2 and 18, whose mean is 10
+    torch.testing.assert_close(moments, Moments(*(torch.tensor([[value]]) for value in (4.0, 9.0, 10.0))))
 
 
 def test_torchvisions_resnet18_builds_and_answers() -> None:
