@@ -206,7 +206,7 @@ class _BatchNorm(_Layer):
         enough = [rows * values > 1 for rows in told.groups.sizes]
         if scale.shape[0] == 1 and enough == [True]:
             return functional.batch_norm(x, None, None, scale[0], shift[0], training=True, eps=self.eps)
-        mean, var = _own_statistics(x, told.groups)
+        mean, var, _ = _own_statistics(x, told.groups)
         if not all(enough):
             # One value per channel has no variance; the source's statistics are all that is known about it.
             share = torch.tensor(enough, dtype=x.dtype, device=x.device).unsqueeze(1)
@@ -218,14 +218,13 @@ class _BatchNorm(_Layer):
         assert told.evidence is not None
         of_group = told.groups.of_rows(told.rows)
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
-        own = _own_statistics(x, told.groups)
-        own_mean, own_var = own[0].detach(), own[1].detach()
-        between = _between_images(x.detach(), own_mean, told.groups)
+        own_mean, own_var, between = _own_statistics(x, told.groups)
+        found = (own_mean.detach(), own_var.detach(), between)
+        self.slot.moments.setdefault(self.slice.start, []).append(found)
         tolerance = told.evidence.tolerance
-        contradiction = _contradiction(own_mean, between, known, told.groups.sizes, tolerance, self.eps)
-        self.slot.moments.setdefault(self.slice.start, []).append((own_mean, own_var, between))
+        contradiction = _contradiction(found[0], between, known, told.groups.sizes, tolerance, self.eps)
         share = _own_share(told.evidence, of_group, contradiction)
-        mean, var = _blend(known, own, share.unsqueeze(1))
+        mean, var = _blend(known, (own_mean, own_var), share.unsqueeze(1))
         scale, shift = told.scale[:, self.slice], told.shift[:, self.slice]
         return _affine(x, mean, var, told.groups.index, scale, shift, told.rows, self.eps)
 
@@ -297,29 +296,27 @@ def _per_channel(table: Tensor, x: Tensor) -> Tensor:
     return table.view(*table.shape, *[1] * (x.dim() - 2))
 
 
-def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every request at every channel, [G, C] each; gradients flow through both."""
-    spatial = list(range(2, x.dim()))
-    if len(groups.sizes) == 1:
-        var, mean = torch.var_mean(x, [0, *spatial], correction=0)
-        return mean.unsqueeze(0), var.unsqueeze(0)
+def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every request at every channel: mean and biased variance, and the variance between its images' means.
+
+    All [G, C]; gradients flow through the first two. Pooled from the statistics of single images (one pass over x; Chan
+    et al.), which do not depend on what else is in the batch.
+    """
+    if x.dim() > 2:
+        image_var, image_mean = torch.var_mean(x, list(range(2, x.dim())), correction=0)
+    else:
+        image_var, image_mean = torch.zeros_like(x), x
     sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
 
-    def mean_by_group(per_row: Tensor) -> Tensor:
-        return per_row.new_zeros(len(groups.sizes), per_row.shape[1]).index_add(0, groups.index, per_row) / sizes
+    def mean_by_group(per_image: Tensor) -> Tensor:
+        if len(groups.sizes) == 1:
+            return per_image.mean(dim=0, keepdim=True)
+        return per_image.new_zeros(len(groups.sizes), per_image.shape[1]).index_add(0, groups.index, per_image) / sizes
 
-    mean = mean_by_group(x.mean(spatial) if spatial else x)
-    # two passes: E[x²] − E[x]² loses every digit where the mean is large
-    centred = (x - _per_channel(mean[groups.index], x)).square()
-    return mean, mean_by_group(centred.mean(spatial) if spatial else centred)
-
-
-def _between_images(x: Tensor, own_mean: Tensor, groups: Groups) -> Tensor:
-    """Variance of the images' means within each request, [G, C]; 0 for a request of one row."""
-    image_mean = x.mean(list(range(2, x.dim()))) if x.dim() > 2 else x
-    off = (image_mean - own_mean[groups.index]).square()
-    others = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).sub(1).clamp(min=1)
-    return torch.zeros_like(own_mean).index_add(0, groups.index, off) / others.unsqueeze(1)
+    mean = mean_by_group(image_mean)
+    spread = mean_by_group((image_mean - mean[groups.index]).square())
+    between = spread.detach() * sizes / (sizes - 1).clamp(min=1)  # unbiased; 0 for a request of one row
+    return mean, mean_by_group(image_var) + spread, between
 
 
 def _contradiction(
@@ -377,7 +374,7 @@ def _affine(
     x: Tensor, mean: Tensor, var: Tensor, stat_rows: Tensor, scale: Tensor, shift: Tensor, rows: Tensor, eps: float
 ) -> Tensor:
     """`γ·(x − μ)/√(σ² + ε) + β` as `a·x + b`, with the statistics of `stat_rows` and the parameters of `rows`."""
-    inverse = torch.rsqrt(var + eps)
+    inverse = (var + eps).sqrt().reciprocal()
     a = scale[rows] * inverse[stat_rows]
     b = shift[rows] - a * mean[stat_rows]
     return torch.addcmul(_per_channel(b, x), _per_channel(a, x), x)

@@ -174,7 +174,7 @@ def _start(
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        num_cpus=max(os.cpu_count() or 1, len(applications) + 1),
+        num_cpus=len(applications) + 1,  # replicas plan their own threads; Ray only has to let them start
         object_store_memory=100 * 2**20,  # nothing large travels through Ray
         _node_ip_address="127.0.0.1",
         _temp_dir=str(folder / "ray"),

@@ -81,6 +81,7 @@ class InputSettings(Settings):
 
     size: tuple[Count, Count]  # height, width of the tensor
     resize: Count | None = None  # shorter side before the centre crop to `size`; None: resize to `size` itself
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"  # of resizing
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
@@ -208,7 +209,7 @@ class ModelSettings(Settings):
         if self.source.python and not self.input:
             raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
         if self.weights and _is_path(self.weights) and not Path(self.weights).is_file():
-            raise ValueError(f"weights: {self.weights} is not a file")
+            raise ValueError(f"weights: {self.weights} is not a file; give the path of a .safetensors or .pt file")
         if self.source.python and self.weights and not _is_path(self.weights):
             raise ValueError(f"weights: {self.weights!r} is not a file (.safetensors, .pt)")
         if self.source.torchvision and self.weights and _is_path(self.weights) and not self.input:

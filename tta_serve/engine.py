@@ -5,6 +5,8 @@ that it read. `predict` and `learn` may run in two threads at once.
 """
 
 import math
+import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -39,7 +41,7 @@ class Answer(NamedTuple):
 class Lesson(NamedTuple):
     """Rows of one stream to learn from."""
 
-    x: Tensor  # [n, 3, H, W] on the device
+    x: Tensor  # as asked, so that uint8 takes a byte while it waits; [n, 3, H, W] on the device
     stream: str
     incarnation: int  # of the stream when it answered; rows of an earlier life teach nothing
     version: int
@@ -185,6 +187,20 @@ class Engine:
         self._lives += 1
         return StreamRecord(self._init, incarnation=self._lives)
 
+    def warm(self, shape: tuple[int, ...]) -> None:
+        """Predict and adapt once on blank images of this shape, alone and in a larger request; nothing is kept.
+
+        What cannot run at all fails here and not in the first request, and that one need not wait for what torch
+        prepares at its first forward and backward.
+        """
+        for rows in (1, 8):
+            x = torch.zeros(rows, *shape, device=self.device)
+            table, index = self._table(["warm"], [StreamRecord(self._init, incarnation=0)], (rows,))
+            groups = Groups.of((rows,), self.device)
+            with torch.no_grad():
+                self.pipeline.predict(table, index, groups, x)
+                self.pipeline.adapt(table, index, Batch(x, groups, weights=x.new_ones(rows)))
+
     @torch.no_grad()
     def predict(self, queries: Sequence[Query]) -> list[tuple[Answer, Lesson]]:
         """Answer requests of any mix of streams in one forward (and one more where frozen answers are asked for).
@@ -192,7 +208,8 @@ class Engine:
         Returns:
             For each query its answer, and the rows as a lesson that may be given to `learn`.
         """
-        inputs = [to_unit(query.x.to(self.device, non_blocking=True)) for query in queries]
+        given = [query.x.to(self.device, non_blocking=True) for query in queries]
+        inputs = [to_unit(x) for x in given]
         records = [self._open_or_pass(query.stream) for query in queries]
         adapted = self._forward(
             [i for i, query in enumerate(queries) if query.answer != "frozen"], inputs, queries, records
@@ -201,7 +218,7 @@ class Engine:
         return [
             (
                 Answer(adapted.get(i), frozen.get(i), record.version),
-                Lesson(inputs[i], query.stream, record.incarnation, record.version),
+                Lesson(given[i], query.stream, record.incarnation, record.version),
             )
             for i, (query, record) in enumerate(zip(queries, records, strict=True))
         ]
@@ -261,7 +278,7 @@ class Engine:
                 done.append(Learned(lesson.stream, len(lesson.x), 0, 0.0, "stale"))
                 continue
             records.setdefault(lesson.stream, record)
-            live.setdefault(lesson.stream, []).append(lesson.x)
+            live.setdefault(lesson.stream, []).append(to_unit(lesson.x))
         if not live:
             return done
         parts = [torch.cat(rows) if len(rows) > 1 else rows[0] for rows in live.values()]
@@ -311,6 +328,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def plan_threads(cores: int, models_on_node: int) -> int:

@@ -91,7 +91,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _fit(image: Image.Image, spec: InputSpec) -> Image.Image:
     size = [spec.height, spec.width]
+    interpolation = functional.InterpolationMode(spec.interpolation)
     if spec.resize is None:
         fits = image.size == (spec.width, spec.height)
-        return image if fits else cast(Image.Image, functional.resize(image, size))
-    return cast(Image.Image, functional.center_crop(functional.resize(image, [spec.resize]), size))
+        return image if fits else cast(Image.Image, functional.resize(image, size, interpolation))
+    return cast(Image.Image, functional.center_crop(functional.resize(image, [spec.resize], interpolation), size))

@@ -12,16 +12,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from tta_serve.engine import Engine, Learned, Lesson
 
 log = logging.getLogger(__name__)
 
-STEP_ROWS_MAX = 256  # rows of one backward, so that one step never holds much memory
+STEP_ROWS_MAX = 256  # rows of one backward …
+STEP_PIXELS_MAX = 64 * 224 * 224  # … and pixels: a backward keeps every activation of every row
+QUEUE_BYTES = 256 * 2**20  # of rows that wait
 
 
 class _Pooled(NamedTuple):
     lesson: Lesson
     arrived_s: float
+
+
+def step_rows_max(lesson: Lesson) -> int:
+    """Rows of this size that one step may take."""
+    return max(1, min(STEP_ROWS_MAX, STEP_PIXELS_MAX // max(1, lesson.x[0, 0].numel())))
 
 
 class Pools:
@@ -39,10 +48,12 @@ class Pools:
     (0, 1)
     """
 
-    def __init__(self, step_rows: int, step_wait_s: float, queue_rows: int) -> None:
+    def __init__(self, step_rows: int, step_wait_s: float, queue_rows: int, queue_bytes: int = QUEUE_BYTES) -> None:
         self.step_rows = step_rows
         self.step_wait_s = step_wait_s
         self.queue_rows = queue_rows
+        self.queue_bytes = queue_bytes
+        self.bytes = 0
         self._pools: dict[str, deque[_Pooled]] = {}
         self._rows: Counter[str] = Counter()
 
@@ -56,21 +67,24 @@ class Pools:
     def add(self, lesson: Lesson, now_s: float) -> int:
         """Queue a lesson; returns how many rows gave way to it."""
         dropped = 0
-        while self._rows and self.rows + len(lesson.x) > self.queue_rows:
+        while self._rows and (
+            self.rows + len(lesson.x) > self.queue_rows or self.bytes + lesson.x.nbytes > self.queue_bytes
+        ):
             dropped += self._pop(max(self._rows, key=self._rows.__getitem__))
         self._pools.setdefault(lesson.stream, deque()).append(_Pooled(lesson, now_s))
         self._rows[lesson.stream] += len(lesson.x)
+        self.bytes += lesson.x.nbytes
         return dropped
 
     def take(self, now_s: float) -> list[Lesson]:
-        """The lessons of all ready streams, those that have waited longest first; at most `STEP_ROWS_MAX` rows."""
+        """The lessons of all ready streams, those that have waited longest first; at most `step_rows_max` rows."""
         ready = [stream for stream in self._pools if self._ready(stream, now_s)]
         taken: list[Lesson] = []
         total = 0
         for stream in sorted(ready, key=lambda stream: self._pools[stream][0].arrived_s):
             while pool := self._pools.get(stream):
                 rows = len(pool[0].lesson.x)
-                if taken and total + rows > STEP_ROWS_MAX:
+                if taken and total + rows > step_rows_max(pool[0].lesson):
                     return taken
                 taken.append(pool[0].lesson)
                 total += rows
@@ -79,7 +93,8 @@ class Pools:
 
     def forget(self, stream: str) -> int:
         """Drop all rows of a stream; returns how many."""
-        self._pools.pop(stream, None)
+        for pooled in self._pools.pop(stream, ()):
+            self.bytes -= pooled.lesson.x.nbytes
         return self._rows.pop(stream, 0)
 
     def _ready(self, stream: str, now_s: float) -> bool:
@@ -88,8 +103,10 @@ class Pools:
 
     def _pop(self, stream: str) -> int:
         pool = self._pools[stream]
-        rows = len(pool.popleft().lesson.x)
+        x = pool.popleft().lesson.x
+        rows = len(x)
         self._rows[stream] -= rows
+        self.bytes -= x.nbytes
         if not pool:
             del self._pools[stream], self._rows[stream]
         return rows
@@ -138,7 +155,9 @@ class Learner:
     def offer(self, lesson: Lesson) -> None:
         """Queue rows; never waits for the step that runs."""
         with self._changed:
-            dropped = self._pools.add(lesson, time.monotonic())
+            # a request may hold more rows than one step
+            parts = torch.split(lesson.x, step_rows_max(lesson))
+            dropped = sum(self._pools.add(lesson._replace(x=part), time.monotonic()) for part in parts)
             self._changed.notify()
         if dropped:
             self._on_skipped(dropped, "queue_full")

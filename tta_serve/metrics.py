@@ -1,6 +1,6 @@
 """One table of metrics: name, type, labels, help. Every series of a replica carries its `model` and `replica`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
 from prometheus_client.exposition import generate_latest
@@ -53,6 +53,7 @@ class Metrics:
     def __init__(self, model: str, replica: str) -> None:
         self._registry = CollectorRegistry()
         self._own = {"model": model, "replica": replica}
+        self._children: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}
         self._by_name: dict[str, Counter | Gauge | Histogram] = {}
         for name, kind, labels, text in TABLE:
             all_labels = ("model", "replica", *labels)
@@ -63,19 +64,25 @@ class Metrics:
                 self._by_name[name] = kind(name, text, all_labels, registry=self._registry)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        metric = self._by_name[name]
+        metric = self._child(name, labels)
         assert isinstance(metric, Counter)
-        metric.labels(**self._own, **labels).inc(amount)
+        metric.inc(amount)
 
     def set(self, name: str, value: float) -> None:
-        metric = self._by_name[name]
+        metric = self._child(name, {})
         assert isinstance(metric, Gauge)
-        metric.labels(**self._own).set(value)
+        metric.set(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        metric = self._by_name[name]
+        metric = self._child(name, labels)
         assert isinstance(metric, Histogram)
-        metric.labels(**self._own, **labels).observe(value)
+        metric.observe(value)
+
+    def _child(self, name: str, labels: Mapping[str, str]) -> Counter | Gauge | Histogram:
+        key = (name, *labels.values())  # the names of the labels are the caller's, and the same at every call
+        if key not in self._children:
+            self._children[key] = self._by_name[name].labels(**self._own, **labels)
+        return self._children[key]
 
     def text(self) -> str:
         """The Prometheus exposition of this replica."""

@@ -29,6 +29,7 @@ class InputSpec:
     height: int
     width: int
     resize: int | None  # shorter side before the centre crop; None: straight to height × width
+    interpolation: str = "bilinear"  # of resizing: nearest, bilinear or bicubic
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,7 +85,7 @@ def load(settings: ModelSettings) -> LoadedModel:
     described = settings.input or preset
     if described is None:
         raise ConfigError(f"models.{settings.name}: give `input: {{size: [height, width], mean: …, std: …}}`")
-    spec = InputSpec(*described.size, described.resize)
+    spec = InputSpec(*described.size, described.resize, described.interpolation)
     normalised = Normalised(module, described.mean, described.std).eval()
     classes = _count_classes(settings, normalised, spec)
     labels = _check_labels(settings, settings.labels or labels or tuple(str(i) for i in range(classes)), classes)
@@ -115,9 +116,7 @@ def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | No
         raise ConfigError(f"{where}.weights: give a file, or one of {', '.join(w.name for w in weights_enum)}")
     if Path(settings.weights).is_file():
         state = _read_state(Path(settings.weights))
-        # the number of classes follows the file's last layer, whatever the builder's default
-        last = [tensor for tensor in state.values() if tensor.dim() == 2]
-        module = builder(weights=None, **({"num_classes": last[-1].shape[0]} if last else {}))
+        module = _sized_like(builder, state, settings)
         _fit(module, state, settings)
         return module, None, ()
     try:
@@ -138,10 +137,20 @@ def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | No
     described = InputSettings(
         size=(preset.crop_size[0], preset.crop_size[0]),
         resize=preset.resize_size[0],
+        interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
     return module, described, tuple(weights.meta.get("categories", ()))
+
+
+def _sized_like(builder: Any, state: Mapping[str, Tensor], settings: ModelSettings) -> nn.Module:
+    """The builder's model, with as many classes as the file's last linear layer (whatever it was trained for)."""
+    module = cast(nn.Module, builder(weights=None))
+    last = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)][-1:]
+    sizes = [len(state[f"{name}.weight"]) for name in last if f"{name}.weight" in state]
+    classes = len(settings.labels) if settings.labels else sizes[0] if sizes else None
+    return module if classes is None else cast(nn.Module, builder(weights=None, num_classes=classes))
 
 
 def _python(settings: ModelSettings) -> tuple[nn.Module, None, tuple[str, ...]]:

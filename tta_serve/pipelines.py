@@ -1,5 +1,6 @@
 """From settings to a pipeline: the network, the adapter that the configuration names, and its prior."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def build(settings: ModelSettings, model: LoadedModel, device: torch.device) -> 
     Raises:
         ConfigError: the adapter does not fit the model, or its prior is missing or wrong.
     """
-    network = Network(model.module.to(device))
+    try:
+        network = Network(model.module.to(device))
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
+        raise ConfigError(f"models.{settings.name}.device: {device}: {str(error).splitlines()[0]}") from None
     if settings.adapter.eata is None:
         return Pipeline(network, norm=Source(network))
     config = _eata_config(settings.adapter.eata, settings.adaptation.mode)
@@ -98,5 +102,6 @@ def _read_images(path: Path, spec: InputSpec) -> Tensor:
 
 def _batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:
     large = images.shape[2] * images.shape[3] > 64 * 64
-    for batch in torch.split(images, FISHER_BATCH_LARGE if large else FISHER_BATCH):
+    # of nearly the same size: a last batch of one image would weigh as much as one of 200
+    for batch in torch.tensor_split(images, math.ceil(len(images) / (FISHER_BATCH_LARGE if large else FISHER_BATCH))):
         yield batch.to(device).float() / 255

@@ -27,6 +27,9 @@ SIZE_MAX = 2**31 - 1  # of one dimension of a shape
 _SELF_EXPLAINING = ("json_invalid", "missing", "too_short", "too_long")  # pydantic's words name the value themselves
 
 
+TENSORS_MAX = 16  # of one request; every model here reads one
+
+
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="ignore")  # the protocol lets clients send what a server does not know
 
@@ -53,8 +56,9 @@ class WireRequest(_Wire):
 
     id: str | None = None
     parameters: dict[str, Any] = {}
-    inputs: list[WireInput] = Field(min_length=1)
-    outputs: list[WireRequestedOutput] | None = None
+    # fail_fast: a request of a million wrong inputs is refused for the first
+    inputs: list[WireInput] = Field(min_length=1, max_length=TENSORS_MAX, fail_fast=True)
+    outputs: list[WireRequestedOutput] | None = Field(None, max_length=TENSORS_MAX, fail_fast=True)
 
 
 class InferRequest(NamedTuple):

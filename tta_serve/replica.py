@@ -1,15 +1,15 @@
 """The Ray Serve deployments: a replica that holds one model and answers HTTP itself, and the front."""
 
 import logging
-import os
 from typing import Any
 
+import torch
 from ray import serve
 from starlette.types import ASGIApp
 
 from tta_serve import models, pipelines
 from tta_serve.config import LimitSettings, ModelSettings, Tokens
-from tta_serve.engine import Engine, pick_device, plan_threads
+from tta_serve.engine import Engine, cores, pick_device, plan_threads
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
 from tta_serve.learner import Pools
@@ -32,9 +32,14 @@ def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node
         ConfigError: the model, its adapter or its device cannot be had.
     """
     device = pick_device(settings.device)
-    model = models.load(settings)
-    pipeline = pipelines.build(settings, model, device)
-    threads = plan_threads(os.cpu_count() or 1, models_on_node) if settings.threads == "auto" else settings.threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())  # nothing is served yet: loading and the Fisher diagonal may have them all
+    try:
+        model = models.load(settings)
+        pipeline = pipelines.build(settings, model, device)
+    finally:
+        torch.set_num_threads(before)
+    threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
     adaptation = settings.adaptation
     return Service(
         Engine(pipeline, device, settings.streams.max, threads),

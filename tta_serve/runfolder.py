@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +65,10 @@ class RunFolder:
         Raises:
             ConfigError: somebody else's folder stands there.
         """
-        ROOT.mkdir(mode=0o700, exist_ok=True)
-        if ROOT.stat().st_uid != os.getuid() or ROOT.is_symlink():
-            raise ConfigError(f"{ROOT} belongs to somebody else; remove it")
+        with contextlib.suppress(FileExistsError):
+            ROOT.mkdir(mode=0o700)
+        if not _is_ours():
+            raise ConfigError(f"{ROOT} is not a folder of this user's alone; remove it")
         self.path.mkdir(mode=0o700, exist_ok=True)
 
     @contextlib.contextmanager
@@ -104,6 +106,8 @@ class RunFolder:
 
     def alive(self) -> bool:
         """Whether a server holds this folder."""
+        if not _is_ours():
+            return False
         try:
             # not with a FileLock, which makes file and folder anew: the server may be removing them just now
             with (self.path / "lock").open() as probe:
@@ -116,6 +120,15 @@ class RunFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _is_ours() -> bool:
+    """Whether `ROOT` is a folder that nobody else can have written to: what it says decides whom `down` ends."""
+    try:
+        found = ROOT.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def running() -> list[ServerStatus]:

@@ -121,8 +121,7 @@ class Service:
 
     async def start(self) -> None:
         """Warm the model and open for requests."""
-        x = torch.zeros(1, *self.spec.shape)
-        await self._on(self._device, lambda: self.engine.pipeline.network(x.to(self.engine.device)))
+        await self._on(self._device, lambda: self.engine.warm(self.spec.shape))
         self._batcher.start()
         if self.mode == "async":
             self._learner.start()
@@ -337,7 +336,12 @@ class Service:
         self.metrics.count("tta_skipped_rows_total", rows, reason=reason)
 
     async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, call)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, call)
+        except RuntimeError as error:
+            if not self._running and "shutdown" in str(error):
+                raise Unavailable("the server is stopping") from None
+            raise
 
 
 def check_stream(name: str) -> None:

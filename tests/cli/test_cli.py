@@ -259,7 +259,7 @@ def test_a_run_folder_of_somebody_else_is_refused(command, config, tmp_path, mon
     monkeypatch.setattr(runfolder, "ROOT", link)
     code, _, told = command("up", config(GOOD), "--detach")
     assert code == 2
-    assert "belongs to somebody else" in told
+    assert "is not a folder of this user" in told
 
 
 def test_looking_for_a_server_brings_nothing_back(command):

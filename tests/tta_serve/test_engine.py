@@ -89,7 +89,7 @@ def test_mixed_streams_are_answered_as_if_each_were_alone(engine: Make, rows: Ro
             assert (mixed is None) == (single is None)
             if mixed is not None:
                 assert len(mixed) == len(query.x)
-                np.testing.assert_allclose(mixed, single, atol=1e-5)
+                np.testing.assert_allclose(mixed, single, rtol=1e-5, atol=1e-5)  # float32, logits above 1
 
 
 def test_bytes_and_floats_are_the_same_picture(engine: Make) -> None:
@@ -344,7 +344,7 @@ def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, 
             mine.learn([Lesson(lesson, "a", a.incarnation, a.version), Lesson(lesson, "b", b.incarnation, b.version)])
 
     def reset() -> None:
-        while not done.is_set():
+        while not done.wait(0.001):  # a loop without a rest would hold the interpreter's lock
             mine.reset("b")
 
     def guarded(call: Callable[[], None]) -> Callable[[], None]:

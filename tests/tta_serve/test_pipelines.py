@@ -63,7 +63,7 @@ def test_a_prior_from_images_is_the_fisher_diagonal(
     np.savez(tmp_path / "prior.npz", images=images)
     importance = eata_of(build(prior=tmp_path / "prior.npz")).importance
     x = unit(images)
-    torch.testing.assert_close(importance, fisher_diagonal(Network(tiny()), [x[:200], x[200:]]))
+    torch.testing.assert_close(importance, fisher_diagonal(Network(tiny()), [x[:125], x[125:]]))
 
 
 def test_no_more_images_than_the_paper_takes(images: np.ndarray, tmp_path: Path) -> None:

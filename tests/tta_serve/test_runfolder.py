@@ -55,12 +55,12 @@ def test_a_root_that_is_a_link_or_somebody_elses_is_refused(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     root.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="belongs to somebody else; remove it"):
+    with pytest.raises(ConfigError, match="is not a folder of this user's alone; remove it"):
         RunFolder(8000).make()
     root.unlink()
     root.mkdir()
     monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
+    with pytest.raises(ConfigError, match="is not a folder of this user"):
         RunFolder(8000).make()
 
 
