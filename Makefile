@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format lint types arrows clean
+.PHONY: demo test test-real test-all check format lint types arrows clean
 
 demo: .venv/ready
 	$(BIN)/tta-serve demo
@@ -11,8 +11,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -m "not real"
 
-test-all: .venv/ready
-	$(BIN)/pytest
+test-real: .venv/ready
+	$(BIN)/pytest -m real
+
+test-all: test test-real
 
 check: format lint types arrows
 
@@ -29,6 +31,7 @@ arrows: .venv/ready
 	$(BIN)/lint-imports
 
 .venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tta-serve needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --group load --editable .

@@ -18,7 +18,8 @@ Laws, which `checks.check_adapter` proves for each adapter:
 1. `init()` always gives the same value, and `adapt` neither changes its arguments nor `self`.
 2. A stream's new state depends on its own rows only: streams adapted in one batch end where they end alone (1e-5).
 3. A request's answer depends on its own rows and state only: any micro-batch gives the same answer (1e-5).
-4. Rows of weight 0 teach nothing.
+4. A request whose rows all have weight 0 teaches nothing. (A single row of weight 0 is not selected, but still shares
+   in the statistics of its request.)
 5. A state survives encoding bit for bit.
 """
 

@@ -85,7 +85,7 @@ class EATA:
         network: must have normalisation layers that can be modulated.
         classes: C.
         prior: the Fisher diagonal; needed with `anchor="fisher"` and a weight above 0.
-        config: defaults are the paper's.
+        config: defaults are the paper's, where it has them.
 
     Raises:
         UnsupportedModel: the network has no normalisation layer.

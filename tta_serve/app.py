@@ -6,6 +6,7 @@ Ray reads its settings from the environment when it is imported, so `run` sets t
 import importlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -22,7 +23,7 @@ from tta_serve.errors import ConfigError, Unavailable
 from tta_serve.runfolder import RunFolder, ServerStatus
 
 FRONT = "front"
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 1800.0  # a Fisher diagonal of a large model on a CPU takes many minutes
 
 
 def build(config: Config, tokens: Tokens) -> list[tuple[str, str, Any]]:
@@ -132,6 +133,8 @@ def _set_environment(config: Config, folder: Path) -> None:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "m.sock"),
+        "RAY_AUTH_MODE": "token",  # Ray's own ports are open on every interface, and would run anybody's code
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or Ray would hide GPUs from replicas that book none
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -169,17 +172,24 @@ def _start(
     progress("starting Ray")
     _send_ray_messages_to(folder / "ray-messages.log")
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-    ray.init(
-        address="local",  # always a private one: nobody else's Ray is used, or stopped later
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        num_cpus=len(applications) + 1,  # replicas plan their own threads; Ray only has to let them start
-        object_store_memory=100 * 2**20,  # nothing large travels through Ray
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder / "ray"),
-        namespace="tta-serve",
-    )
+    try:
+        ray.init(
+            address="local",  # always a private one: nobody else's Ray is used, or stopped later
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            num_cpus=len(applications) + 1,  # replicas plan their own threads; Ray only has to let them start
+            object_store_memory=100 * 2**20,  # nothing large travels through Ray
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder / "ray"),
+            namespace="tta-serve",
+        )
+    except Exception as error:
+        if stopping.is_set():
+            return
+        raise Unavailable(
+            f"Ray did not start: {_last_line(str(error))} (its logs are below {folder / 'ray'})"
+        ) from error
     _stop_on_signals(stopping)  # ray.init puts its own in their place
     progress("starting HAProxy")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 out = Console()
 err = Console(stderr=True)
 
-START_WAIT_S = 660.0  # a little more than the server gives itself
+START_WAIT_S = 1860.0  # a little more than the server gives itself
 DEMO_CONFIG = """\
 http: {{port: {port}}}
 models:
@@ -194,16 +194,23 @@ def start_detached(config_file: Path, port: int) -> ServerStatus:
             start_new_session=True,
             env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
         )
-        until_s = time.monotonic() + START_WAIT_S
-        while time.monotonic() < until_s:
-            server = folder.read()
-            if server and server.phase == "ready":
-                return server
-            if process.poll() is not None:
-                said = folder.log.read_text().strip().removeprefix("error ") if folder.log.exists() else ""
-                raise ConfigError(
-                    (server.message if server else "") or said or f"the server ended with {process.returncode}"
-                )
-            time.sleep(0.1)
-        process.terminate()
-        raise ConfigError(f"the server did not start in {START_WAIT_S:g} s; its log is {folder.log}")
+        try:
+            return _wait_until_ready(folder, process)
+        except BaseException:  # Ctrl-C too: a server that nobody waits for shall not come up
+            process.terminate()
+            raise
+
+
+def _wait_until_ready(folder: RunFolder, process: "subprocess.Popen[bytes]") -> ServerStatus:
+    until_s = time.monotonic() + START_WAIT_S
+    while time.monotonic() < until_s:
+        server = folder.read()
+        if server and server.phase == "ready":
+            return server
+        if process.poll() is not None:
+            said = folder.log.read_text().strip().removeprefix("error ") if folder.log.exists() else ""
+            raise ConfigError(
+                (server.message if server else "") or said or f"the server ended with {process.returncode}"
+            )
+        time.sleep(0.1)
+    raise ConfigError(f"the server did not start in {START_WAIT_S:g} s; its log is {folder.log}")

@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import reprlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -63,7 +64,7 @@ def read_options(request: Request, parameter_stream: object = None) -> Options:
         InvalidInput: an unknown value, or a stream named twice and differently.
     """
     if parameter_stream is not None and not isinstance(parameter_stream, str):
-        raise errors.InvalidInput(f"the parameter stream is {parameter_stream!r}, not text")
+        raise errors.InvalidInput(f"the parameter stream is {reprlib.repr(parameter_stream)}, not text")
     header_stream = request.headers.get("x-session-id")
     if header_stream is not None and parameter_stream is not None and header_stream != parameter_stream:
         raise errors.InvalidInput(
@@ -173,7 +174,9 @@ class ModelRoutes:
         options = read_options(request, asked.parameters.get("stream"))
         unknown = [name for name in asked.tensors if name != INPUT_NAME]
         if unknown:
-            raise errors.InvalidInput(f"there is no input named {unknown[0]!r}; this model reads one, {INPUT_NAME!r}")
+            raise errors.InvalidInput(
+                f"there is no input named {reprlib.repr(unknown[0])}; this model reads one, {INPUT_NAME!r}"
+            )
         wanted = _check_outputs(asked.outputs, options.answer)
         service = self.service()
         x = service.to_input(asked.tensors[INPUT_NAME])
