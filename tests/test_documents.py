@@ -93,6 +93,11 @@ def test_every_command_that_the_readme_names_exists() -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME", path.read_text()), path
+
+
 def test_every_script_that_the_readme_names_exists() -> None:
     for name in set(re.findall(r"loadtests/\w+\.py", README)):
         assert (ROOT / name).is_file()
