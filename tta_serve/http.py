@@ -249,7 +249,8 @@ class ModelRoutes:
     def _may_administer(self, request: Request) -> None:
         if self.tokens.admin is None:
             raise errors.Forbidden(
-                "admin routes are closed: the server was started without an admin token (auth.admin_token_env)"
+                "admin routes are closed: the server was started without an admin token; set the environment variable "
+                "that auth.admin_token_env names (TTA_ADMIN_TOKEN unless configured) and start it again"
             )
         check_token(request, self.tokens.admin)
 
