@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from tta_serve import models, pipelines
 from tta_serve.config import LimitSettings, ModelSettings, Tokens
 from tta_serve.engine import Engine, cores, pick_device, plan_threads
+from tta_serve.errors import ConfigError
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
 from tta_serve.learner import Pools
@@ -40,9 +41,17 @@ def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node
     finally:
         torch.set_num_threads(before)
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
+    engine = Engine(pipeline, device, settings.streams.max, threads)
+    try:
+        engine.warm(model.input.shape)
+    except Exception as error:
+        raise ConfigError(
+            f"models.{settings.name}: the model loads, but a trial of predicting and adapting fails: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     adaptation = settings.adaptation
     return Service(
-        Engine(pipeline, device, settings.streams.max, threads),
+        engine,
         model.input,
         model.labels,
         Metrics(settings.name, replica),

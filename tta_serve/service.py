@@ -120,8 +120,7 @@ class Service:
         self._running = False
 
     async def start(self) -> None:
-        """Warm the model and open for requests."""
-        await self._on(self._device, lambda: self.engine.warm(self.spec.shape))
+        """Open for requests."""
         self._batcher.start()
         if self.mode == "async":
             self._learner.start()
