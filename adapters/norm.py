@@ -206,7 +206,7 @@ class _BatchNorm(_Layer):
         enough = [rows * values > 1 for rows in told.groups.sizes]
         if scale.shape[0] == 1 and enough == [True]:
             return functional.batch_norm(x, None, None, scale[0], shift[0], training=True, eps=self.eps)
-        mean, var, _ = _own_statistics(x, told.groups)
+        mean, var, _ = _own_statistics(x, told.groups, self.mean)
         if not all(enough):
             # One value per channel has no variance; the source's statistics are all that is known about it.
             share = torch.tensor(enough, dtype=x.dtype, device=x.device).unsqueeze(1)
@@ -218,7 +218,7 @@ class _BatchNorm(_Layer):
         assert told.evidence is not None
         of_group = told.groups.of_rows(told.rows)
         known = (told.mean[of_group, self.slice], told.var[of_group, self.slice])
-        own_mean, own_var, between = _own_statistics(x, told.groups)
+        own_mean, own_var, between = _own_statistics(x, told.groups, self.mean)
         found = (own_mean.detach(), own_var.detach(), between)
         self.slot.moments.setdefault(self.slice.start, []).append(found)
         tolerance = told.evidence.tolerance
@@ -296,16 +296,17 @@ def _per_channel(table: Tensor, x: Tensor) -> Tensor:
     return table.view(*table.shape, *[1] * (x.dim() - 2))
 
 
-def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+def _own_statistics(x: Tensor, groups: Groups, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of every request at every channel: mean and biased variance, and the variance between its images' means.
 
-    All [G, C]; gradients flow through the first two. Pooled from the statistics of single images (one pass over x; Chan
-    et al.), which do not depend on what else is in the batch.
+    All [G, C]; gradients flow through the first two. Pooled from the sums of single images, which do not depend on what
+    else is in the batch. Sums of squares are taken about `near` [C] (the source's mean), so that they lose no digits to
+    a large mean (Chan et al., "shifted data"); `torch.var_mean` needs no such care, and six times as long on a CPU.
     """
-    if x.dim() > 2:
-        image_var, image_mean = torch.var_mean(x, list(range(2, x.dim())), correction=0)
-    else:
-        image_var, image_mean = torch.zeros_like(x), x
+    x = x - _per_channel(near.unsqueeze(0), x)
+    over = list(range(2, x.dim()))
+    image_mean = x.mean(over) if over else x
+    image_square = x.square().mean(over) if over else x.square()
     sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
 
     def mean_by_group(per_image: Tensor) -> Tensor:
@@ -314,9 +315,10 @@ def _own_statistics(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
         return per_image.new_zeros(len(groups.sizes), per_image.shape[1]).index_add(0, groups.index, per_image) / sizes
 
     mean = mean_by_group(image_mean)
+    within = (image_square - image_mean.square()).clamp(min=0)  # of single images; rounding may fall below 0
     spread = mean_by_group((image_mean - mean[groups.index]).square())
     between = spread.detach() * sizes / (sizes - 1).clamp(min=1)  # unbiased; 0 for a request of one row
-    return mean, mean_by_group(image_var) + spread, between
+    return mean + near, mean_by_group(within) + spread, between
 
 
 def _contradiction(

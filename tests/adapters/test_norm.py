@@ -173,20 +173,20 @@ def contradicted(
     image_means = x.flatten(2).mean(2) if x.dim() > 2 else x
     own_mean = torch.stack([part.mean(0) for part in image_means.split(list(groups.sizes))])
     known = (torch.tensor(mean).expand_as(own_mean), torch.tensor(var).expand_as(own_mean))
-    return _contradiction(own_mean, _own_statistics(x, groups)[2], known, groups.sizes, tolerance, eps)
+    return _contradiction(own_mean, _own_statistics(x, groups, torch.zeros(x.shape[1]))[2], known, groups.sizes, tolerance, eps)
 
 
 def test_variance_between_images_by_hand() -> None:
     x = torch.cat([EIGHT, EIGHT[:1], EIGHT[:3]])
-    found = _own_statistics(x, Groups.of((8, 1, 3)))[2]
+    found = _own_statistics(x, Groups.of((8, 1, 3)), torch.zeros(2))[2]
     # eight: 8/7 and 32/7; one: none; 3, 1, 3 and 12, 8, 12: (2 · 4/9 + 16/9)/2 = 4/3, and four times as much
     torch.testing.assert_close(found, torch.tensor([[8 / 7, 32 / 7], [0, 0], [4 / 3, 16 / 3]]))
     # rows that lie apart; and images of four values each, whose means alone count
     mixed = torch.tensor([8, 0, 9, 1, 2, 3, 10, 4, 5, 6, 7, 11])
     groups = Groups(Groups.of((8, 1, 3)).index[mixed], (8, 1, 3))
-    torch.testing.assert_close(_own_statistics(x[mixed], groups)[2], found)
+    torch.testing.assert_close(_own_statistics(x[mixed], groups, torch.ones(2))[2], found)
     spread = x[:, :, None, None] + torch.tensor([[9.0, -9.0], [5.0, -5.0]])
-    torch.testing.assert_close(_own_statistics(spread, Groups.of((8, 1, 3)))[2], found)
+    torch.testing.assert_close(_own_statistics(spread, Groups.of((8, 1, 3)), torch.zeros(2))[2], found)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_equal_images_at_the_known_mean_contradict_nothing(tolerance: float, val
         for own in (value, value * (1 + 1e-7), value * (1 - 1e-7)):
             own_mean = torch.full((len(sizes), 2), own)
             known = (torch.full_like(own_mean, value), torch.ones_like(own_mean))
-            between = _own_statistics(x, groups)[2]
+            between = _own_statistics(x, groups, torch.zeros(x.shape[1]))[2]
             found = _contradiction(own_mean, between, known, groups.sizes, tolerance, TINY)
             torch.testing.assert_close(found, torch.zeros(len(sizes)), atol=1e-3, rtol=0)
     network = Network(nn.Sequential(nn.BatchNorm1d(2)))
