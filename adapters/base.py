@@ -92,6 +92,7 @@ class Batch(NamedTuple):
     groups: Groups
     weights: Tensor  # float [B]; 0 teaches nothing
     output: Output | None = None  # as answered; None where it was not kept
+    frozen_logits: Tensor | None = None  # of the frozen network for the same rows, where it was asked; [B, C]
     targets: Tensor | None = None  # labels, from feedback
     versions: tuple[int, ...] | None = None  # state version each request was answered with
     time_s: float | None = None  # monotonic, when the oldest row was answered
@@ -104,15 +105,18 @@ class Report(NamedTuple):
     reliable: Tensor  # of these, rows that passed the first filter, int64 [S]
     selected: Tensor  # of these, rows that were learned from, int64 [S]
     entropy: Tensor  # mean entropy of the rows seen, nats, [S]; 0 where none was
+    mean_probs: Tensor  # mean probabilities of the rows seen, [S, C]; 0 where none was
     applied: Tensor  # whether parameters were updated, bool [S]
     refused: Tensor  # whether a guard kept the old state, bool [S]
+    trips: Tensor  # which guards tripped, bits of `guards.Trip`, int64 [S]
 
     @classmethod
     def empty(cls, states: int, device: torch.device | str = "cpu") -> "Report":
         """Nothing seen, nothing done."""
         count = torch.zeros(states, dtype=torch.int64, device=device)
         no = torch.zeros(states, dtype=torch.bool, device=device)
-        return cls(count, count, count, torch.zeros(states, device=device), no, no)
+        zero = torch.zeros(states, device=device)
+        return cls(count, count, count, zero, zero.new_zeros(states, 0), no, no, count)
 
 
 S = TypeVar("S")

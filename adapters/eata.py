@@ -218,13 +218,17 @@ class EATA:
         if output.moments is not None:
             new = self._pool_statistics(new, rows, batch.groups, choice.seen, output.moments)
         seen_entropy = torch.where(choice.seen, entropy.detach(), 0.0)
+        seen_probs = torch.where(choice.seen.unsqueeze(1), probs, 0.0)
+        count = choice.seen_count.clamp(min=1)
         report = Report(
             seen=choice.seen_count,
             reliable=choice.reliable_count,
             selected=choice.selected_count,
-            entropy=_sum_by_state(seen_entropy, rows, states.seen) / choice.seen_count.clamp(min=1),
+            entropy=_sum_by_state(seen_entropy, rows, states.seen) / count,
+            mean_probs=_sum_by_state(seen_probs, rows, states.seen) / count.unsqueeze(1),
             applied=applied,
             refused=torch.zeros_like(applied),
+            trips=torch.zeros_like(choice.seen_count),
         )
         return new, report
 
