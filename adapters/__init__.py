@@ -15,8 +15,10 @@ from adapters.base import (
     Report,
     UnsupportedModel,
 )
+from adapters.drift import Drift, DriftPrior, DriftReading, drift_prior
 from adapters.eata import EATA, EATAConfig, EATAPrior, EATAState
-from adapters.guards import KeepFinite
+from adapters.forgetting import Forgetting, Forgot, Probe
+from adapters.guards import GuardConfig, Guarded, GuardedState, Trip, trip_names
 from adapters.norm import Modulation, Network, Statistics
 from adapters.source import Source
 
@@ -25,19 +27,30 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Batch",
+    "Drift",
+    "DriftPrior",
+    "DriftReading",
     "EATAConfig",
     "EATAPrior",
     "EATAState",
+    "Forgetting",
+    "Forgot",
     "Groups",
-    "KeepFinite",
+    "GuardConfig",
+    "Guarded",
+    "GuardedState",
     "Modulation",
     "Moments",
     "Network",
     "Output",
     "Pipeline",
     "PipelineState",
+    "Probe",
     "Report",
     "Source",
     "Statistics",
+    "Trip",
     "UnsupportedModel",
+    "drift_prior",
+    "trip_names",
 ]

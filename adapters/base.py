@@ -92,10 +92,8 @@ class Batch(NamedTuple):
     groups: Groups
     weights: Tensor  # float [B]; 0 teaches nothing
     output: Output | None = None  # as answered; None where it was not kept
-    frozen_logits: Tensor | None = None  # of the frozen network for the same rows, where it was asked; [B, C]
+    frozen_logits: Tensor | None = None  # of the frozen network for the same rows; NaN where it was not asked; [B, C]
     targets: Tensor | None = None  # labels, from feedback
-    versions: tuple[int, ...] | None = None  # state version each request was answered with
-    time_s: float | None = None  # monotonic, when the oldest row was answered
 
 
 class Report(NamedTuple):
@@ -157,11 +155,28 @@ class NormAdapter(Adapter[S], Protocol[S]):
 
     def modulate(self, states: S, rows: Tensor, groups: Groups) -> "Modulation": ...
 
+    def absorb(self, states: S, rows: Tensor, groups: Groups, moments: Moments) -> S:
+        """Take the statistics of requests that nothing else is learned from, without a forward.
+
+        Args:
+            states: table of S states.
+            rows: int64 [G], which state each request belongs to.
+            groups: the requests; their sizes count.
+            moments: [G, P].
+        """
+        ...
+
 
 class HeadAdapter(Adapter[S], Protocol[S]):
     """Changes how features become scores."""
 
     def score(self, states: S, rows: Tensor, features: Tensor | None, logits: Tensor) -> Tensor: ...
+
+
+class Forward(Protocol):
+    """A network's forward: see `Network.__call__`."""
+
+    def __call__(self, x: Tensor, modulation: "Modulation | None" = None) -> Output: ...
 
 
 class PipelineState(NamedTuple):
@@ -201,7 +216,9 @@ class Pipeline:
     def init(self) -> PipelineState:
         return PipelineState(*(a.init() if a else () for a in (self.input, self.norm, self.head)))
 
-    def predict(self, states: PipelineState, rows: Tensor, groups: Groups, x: Tensor) -> Output:
+    def predict(
+        self, states: PipelineState, rows: Tensor, groups: Groups, x: Tensor, forward: "Forward | None" = None
+    ) -> Output:
         """The pure forward: the same arguments give the same answer, and nothing is changed.
 
         Args:
@@ -209,11 +226,12 @@ class Pipeline:
             rows: int64 [B].
             groups: which request each row came in.
             x: [B, …].
+            forward: runs the network in its place, and gives the same.
         """
         if self.input:
             x = self.input.transform(states.input, rows, x)
         modulation = self.norm.modulate(states.norm, rows, groups) if self.norm else None
-        output = self.network(x, modulation)
+        output = (forward or self.network)(x, modulation)
         if self.head:
             logits = self.head.score(states.head, rows, output.features, output.logits)
             output = output._replace(logits=logits)
@@ -234,6 +252,10 @@ class Pipeline:
             state, report = self.head.adapt(states.head, rows, batch)
             new = new._replace(head=state)
         return new, report
+
+    def absorb(self, states: PipelineState, rows: Tensor, groups: Groups, moments: Moments) -> PipelineState:
+        """Let the norm site take requests' statistics; see `NormAdapter.absorb`."""
+        return states._replace(norm=self.norm.absorb(states.norm, rows, groups, moments)) if self.norm else states
 
 
 def _table_rows(rows: Tensor, states: Any) -> int:

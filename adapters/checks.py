@@ -38,7 +38,7 @@ def check_adapter(
         x: at least 16 rows, [B, …], different enough that every adapter that learns does learn from them.
         targets: labels, for adapters that learn from feedback, [B, …].
         learns: whether the adapter shall learn from `x`; a law too, for a suite in which nothing moves proves nothing.
-        guarded: whether the adapter promises finite states whatever it is given (`KeepFinite`).
+        guarded: whether the adapter promises finite states whatever it is given (`Guarded`).
         tolerance: largest difference, absolute or relative, where laws allow one.
         laws: names out of `LAWS`; None: all.
 

@@ -30,11 +30,22 @@ class EATAConfig:
     optimizer: optim.OptimizerName = "adam"  # the paper takes SGD with momentum 0.9; on CIFAR-10-C Adam is customary
     learning_rate: float = 1e-3
     momentum: float = 0.9  # of SGD
+    source_pull: float = 0.0  # share of the way back to the source's parameters after each step
+    full_step_rows: int | None = None  # selected rows of a full step; of fewer, it is shorter; None: always full
     mean_probs_decay: float = 0.9  # 1 − α (Eq. 4)
     statistics: Literal["batch", "evidence"] = "batch"  # as published, or source ⊕ stream ⊕ request (below)
     source_images: float = 16.0  # "evidence": what the source's statistics count for, in images
     stream_images_max: float = 256.0  # "evidence": what the stream's statistics count for at most, in images
-    class_mix: float = 0.1  # "evidence": τ, variance of a request's mean about its stream's, over that between images
+    class_mix: float = 0.1  # "evidence": τ of a new stream; see `EATAState.class_mix`
+    class_mix_rate: float = 0.0  # … and how fast it follows the stream's requests; weight of the newest
+
+
+CLASS_MIX_FACTOR = (
+    10.0  # τ over what requests are seen to contradict their stream's statistics by, mean over the layers
+)
+CLASS_MIX_JUMP = 4.0  # a request counts for at most so many times τ
+CLASS_MIX_MIN = 0.01
+CHANGE = 0.15  # who contradicts by more is not another mix of classes but another domain, and says nothing about τ
 
 
 class EATAPrior(NamedTuple):
@@ -51,6 +62,7 @@ class EATAState(NamedTuple):
     var: Tensor  # float32 [P]
     images: Tensor  # images behind `mean` and `var`, capped, float32 []
     source_images: Tensor  # images that the source's statistics are worth to this stream, float32 []
+    class_mix: Tensor  # τ: variance of a request's mean about its stream's, over that between images, float32 []
     mean_probs: Tensor  # m^t, Eq. 4, float32 [C]; zeros until a row was selected
     optimizer: optim.OptimizerState
     seen: Tensor  # rows so far, int64 []
@@ -150,12 +162,21 @@ class EATA:
             var=self.network.var.clone(),
             images=self.source_params.new_zeros(()),
             source_images=self.source_params.new_full((), self.config.source_images),
+            class_mix=self.source_params.new_full((), self.config.class_mix),
             mean_probs=self.source_params.new_zeros(self.classes),
             optimizer=optim.init(self.config.optimizer, self.source_params),
             seen=zero,
             reliable=zero.clone(),
             selected=zero.clone(),
         )
+
+    def params(self, states: EATAState) -> Tensor:
+        """What was learned, [S, 2 P]: for guards."""
+        return states.params
+
+    def with_params(self, states: EATAState, params: Tensor) -> EATAState:
+        """The same table with other parameters, [S, 2 P]: for guards."""
+        return states._replace(params=params)
 
     def modulate(self, states: EATAState, rows: Tensor, groups: Groups) -> Modulation:
         """How to answer these requests: what a request gets follows from its own rows and state alone."""
@@ -170,17 +191,15 @@ class EATA:
         known = self._known(states)
         if max(groups.sizes) < own_min_rows:
             return Modulation(scale, shift, known.mean, known.var, rows, groups, Statistics.KNOWN)
-        own = [self._worth(n) if n >= own_min_rows else 0.0 for n in groups.sizes]
+        of_group = groups.of_rows(rows)
+        class_mix = states.class_mix[of_group]
+        count = torch.tensor(groups.sizes, dtype=scale.dtype, device=scale.device)
         evidence = Evidence(
             known=states.images + states.source_images,
-            own=torch.tensor(own, dtype=scale.dtype, device=scale.device),
-            tolerance=self.config.class_mix,
+            own=torch.where(count >= own_min_rows, _worth(count, class_mix), 0.0),
+            tolerance=class_mix,
         )
         return Modulation(scale, shift, known.mean, known.var, rows, groups, Statistics.BLEND, evidence)
-
-    def _worth(self, rows: int) -> float:
-        """How many images' worth a request's statistics are as an estimate of its stream's: 1/(1/n + τ)."""
-        return 1 / (1 / rows + self.config.class_mix)
 
     def _known(self, states: EATAState) -> Moments:
         """Source ⊕ stream, [S, P]: what is known before a request is seen."""
@@ -202,7 +221,7 @@ class EATA:
             (grad,) = torch.autograd.grad(loss, params)
         grad = grad + anchors.gradient(states.params, self.source_params, self.importance, self.config.anchor_weight)
         applied = choice.selected_count > 0
-        new_params, new_optimizer = self._step(states, grad)
+        new_params, new_optimizer = self._step(states, grad, choice.selected_count)
         new = states._replace(
             params=torch.where(applied.unsqueeze(1), new_params, states.params),
             optimizer=optim.OptimizerState(
@@ -216,7 +235,9 @@ class EATA:
             selected=states.selected + choice.selected_count,
         )
         if output.moments is not None:
-            new = self._pool_statistics(new, rows, batch.groups, choice.seen, output.moments)
+            of_group = batch.groups.of_rows(rows)
+            seen_rows = new.images.new_zeros(len(of_group)).index_add(0, batch.groups.index, choice.seen.to(new.images))
+            new = self._pool_statistics(new, of_group, seen_rows, batch.groups.sizes, output.moments)
         seen_entropy = torch.where(choice.seen, entropy.detach(), 0.0)
         seen_probs = torch.where(choice.seen.unsqueeze(1), probs, 0.0)
         count = choice.seen_count.clamp(min=1)
@@ -253,19 +274,58 @@ class EATA:
         moved = decay * states.mean_probs + (1 - decay) * mean
         return torch.where((choice.selected_count > 0).unsqueeze(1), moved, states.mean_probs)
 
-    def _step(self, states: EATAState, grad: Tensor) -> tuple[Tensor, optim.OptimizerState]:
-        rate = self.config.learning_rate
-        if self.config.optimizer == "adam":
-            return optim.adam(states.optimizer, states.params, grad, learning_rate=rate)
-        return optim.sgd(states.optimizer, states.params, grad, learning_rate=rate, momentum=self.config.momentum)
+    def _step(self, states: EATAState, grad: Tensor, selected: Tensor) -> tuple[Tensor, optim.OptimizerState]:
+        """The optimizer's step and then the pull; both shorter where few rows were selected, [S]."""
+        config, full = self.config, self.config.full_step_rows
+        share = torch.ones_like(states.images) if full is None else (selected / full).clamp(max=1)
+        rate = config.learning_rate if full is None else config.learning_rate * share
+        if config.optimizer == "adam":
+            params, optimizer = optim.adam(states.optimizer, states.params, grad, learning_rate=rate)
+        else:
+            params, optimizer = optim.sgd(
+                states.optimizer, states.params, grad, learning_rate=rate, momentum=config.momentum
+            )
+        if config.source_pull:
+            params = torch.lerp(params, self.source_params.expand_as(params), config.source_pull * share.unsqueeze(1))
+        return params, optimizer
+
+    def absorb(self, states: EATAState, rows: Tensor, groups: Groups, moments: Moments) -> EATAState:
+        """Take requests' statistics, as `adapt` does; nothing where the published method is followed.
+
+        Args:
+            states: table of S states.
+            rows: int64 [G], which state each request belongs to.
+            groups: the requests; their sizes count.
+            moments: [G, P], from the forward that answered.
+        """
+        if self.config.statistics == "batch":
+            return states
+        seen_rows = torch.tensor(groups.sizes, dtype=states.images.dtype, device=states.images.device)
+        return self._pool_statistics(states, rows, seen_rows, groups.sizes, moments)
+
+    def _new_class_mix(self, states: EATAState, of_group: Tensor, large: Tensor, contradiction: Tensor) -> Tensor:
+        """τ follows what requests contradict their stream's past by, as far as that is not a change of domain; [S]."""
+        counts = (large > 0) & (contradiction < CHANGE) & (states.images[of_group] > 0)
+        told = torch.minimum(CLASS_MIX_FACTOR * contradiction, CLASS_MIX_JUMP * states.class_mix[of_group])
+        number = _sum_by_state(counts.to(told), of_group, states.seen)
+        mean = _sum_by_state(torch.where(counts, told, 0.0), of_group, states.seen) / number.clamp(min=1)
+        moved = torch.lerp(states.class_mix, mean, self.config.class_mix_rate).clamp(min=CLASS_MIX_MIN)
+        return torch.where(number > 0, moved, states.class_mix)
 
     def _pool_statistics(
-        self, states: EATAState, rows: Tensor, groups: Groups, seen: Tensor, moments: Moments
+        self, states: EATAState, of_group: Tensor, seen_rows: Tensor, sizes: tuple[int, ...], moments: Moments
     ) -> EATAState:
-        """Take the requests' statistics into their streams': pooled by images, the past capped."""
-        of_group = groups.of_rows(rows)
-        seen_rows = states.images.new_zeros(len(groups.sizes)).index_add(0, groups.index, seen.to(states.images.dtype))
-        images = 1 / (1 / seen_rows + self.config.class_mix)  # where nothing was seen: 1/∞ = 0
+        """Take requests' statistics into their streams': pooled by images, the past capped.
+
+        Args:
+            states: table of S states.
+            of_group: int64 [G], the state of each request.
+            seen_rows: float [G], its rows that count; 0: its statistics do not.
+            sizes: all rows of each request.
+            moments: [G, P].
+        """
+        class_mix = states.class_mix[of_group]
+        images = _worth(seen_rows, class_mix)
         total = _sum_by_state(images, of_group, states.seen)
         share = (images / total.clamp(min=torch.finfo(total.dtype).tiny)[of_group]).unsqueeze(1)
         mean = _sum_by_state(share * moments.mean, of_group, states.seen)
@@ -276,10 +336,12 @@ class EATA:
             # what a request contradicts is worth less from now on: 1/(1/N + B), of the past and of the source alike
             stream = Moments(states.mean[of_group], states.var[of_group])
             source = Moments(self.network.mean.unsqueeze(0), self.network.var.unsqueeze(0))
-            sizes, tolerance = groups.sizes, self.config.class_mix
-            of_past = share.squeeze(1) * self.network.contradiction(moments, stream, sizes, tolerance)
+            of_past = share.squeeze(1) * self.network.contradiction(moments, stream, sizes, class_mix)
             large = torch.where(seen_rows >= CONTRADICT_MIN_ROWS, images, 0.0)  # only these measure the source
-            of_source = large * self.network.contradiction(moments, source, sizes, tolerance)
+            of_source = large * self.network.contradiction(moments, source, sizes, class_mix)
+            if self.config.class_mix_rate:
+                contradiction = self.network.contradiction(moments, stream, sizes, 0.0)
+                states = states._replace(class_mix=self._new_class_mix(states, of_group, large, contradiction))
             past = past / (1 + past * _sum_by_state(of_past, of_group, states.seen))
             most, measured = self.config.source_images, _sum_by_state(large, of_group, states.seen)
             doubt = _sum_by_state(of_source, of_group, states.seen) / measured.clamp(min=torch.finfo(total.dtype).tiny)
@@ -291,6 +353,11 @@ class EATA:
             images=(past + total).clamp(max=self.config.stream_images_max),
             source_images=source_images,
         )
+
+
+def _worth(rows: Tensor, class_mix: Tensor) -> Tensor:
+    """How many images' worth a request's statistics are as an estimate of its stream's: 1/(1/n + τ); 0 of none."""
+    return 1 / (1 / rows + class_mix)
 
 
 class _Choice(NamedTuple):

@@ -13,7 +13,7 @@ References:
 
 import enum
 import threading
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Evidence(NamedTuple):
 
     known: Tensor  # images behind the table's statistics, [S]
     own: Tensor  # what the request's own statistics are worth, [G]; 0: not used
-    tolerance: float  # contradiction that is taken for chance (the classes of a request are not its stream's)
+    tolerance: Tensor | float  # contradiction taken for chance (a request's classes are not its stream's), [G] or one
 
 
 class Modulation(NamedTuple):
@@ -78,6 +78,7 @@ class Network:
         channels: P, the channels of all normalisation layers together; 0 where there is none to adapt.
         scale, shift, mean, var: the source's γ, β, μ and σ², each [P].
         has_statistics: whether any layer keeps running statistics (batch-norm).
+        head: the last linear layer, whose input is the `features`; None where there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,9 +92,12 @@ class Network:
         self.shift = torch.cat([layer.shift for layer in layers] or [empty])
         self.mean = torch.cat([layer.mean for layer in layers] or [empty])
         self.var = torch.cat([layer.var for layer in layers] or [empty])
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if heads:
-            heads[-1].register_forward_pre_hook(self._keep_features)
+        self._eps = torch.cat([torch.full_like(layer.scale, layer.eps) for layer in layers] or [empty])  # [P]
+        batch_norm = [torch.full_like(layer.scale, isinstance(layer, _BatchNorm)) for layer in layers]
+        self._keeps_statistics = torch.cat(batch_norm or [empty]) > 0  # bool [P]
+        self.head = next(reversed([module for module in model.modules() if isinstance(module, nn.Linear)]), None)
+        if self.head is not None:
+            self.head.register_forward_pre_hook(self._keep_features)
 
     def __call__(self, x: Tensor, modulation: Modulation | None = None) -> Output:
         """One forward; without a modulation it is the frozen network's.
@@ -133,7 +137,7 @@ class Network:
         means, variances, betweens = zip(*found, strict=True)
         return Moments(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.cat(betweens, dim=1))
 
-    def contradiction(self, own: Moments, known: Moments, sizes: tuple[int, ...], tolerance: float) -> Tensor:
+    def contradiction(self, own: Moments, known: Moments, sizes: tuple[int, ...], tolerance: Tensor | float) -> Tensor:
         """How far requests of these sizes lie from known statistics, mean over the batch-norm layers; [G].
 
         Args:
@@ -150,6 +154,18 @@ class Network:
                 expected = (known.mean[:, at], known.var[:, at])
                 found.append(_contradiction(own.mean[:, at], own.between[:, at], expected, sizes, tolerance, layer.eps))
         return torch.stack(found).mean(dim=0)
+
+    @property
+    def layers(self) -> tuple["_Layer", ...]:
+        """The layers that can be modulated, in the order of their channels."""
+        return tuple(self._layers)
+
+    def fold(self, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """What a modulation with KNOWN statistics comes to at every row: a and b of `_Layer.by_row`, [B, P] each."""
+        inverse = (modulation.var + self._eps).sqrt().reciprocal()
+        a = modulation.scale * torch.where(self._keeps_statistics, inverse, 1.0)
+        b = modulation.shift - torch.where(self._keeps_statistics, a * modulation.mean, 0.0)
+        return a[modulation.rows], b[modulation.rows]
 
     def _keep_features(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._slot.features = args[0]
@@ -180,6 +196,10 @@ class _Layer(nn.Module):
         ):
             tensor = getattr(layer, source, None)
             self.register_buffer(name, (default if tensor is None else tensor).detach(), persistent=False)
+
+    def by_row(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`a·x + b` with each row's own a and b, [B, C]; of the normalised x where statistics are the row's own."""
+        return torch.addcmul(_per_channel(b, x), _per_channel(a, x), x)
 
 
 class _BatchNorm(_Layer):
@@ -243,6 +263,9 @@ class _GroupNorm(_Layer):
             scale, shift = told.scale[told.rows, self.slice], told.shift[told.rows, self.slice]
         return _per_channel(scale, x) * y + _per_channel(shift, x)
 
+    def by_row(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return super().by_row(functional.group_norm(x, self.groups, eps=self.eps), a, b)
+
 
 class _LayerNorm(_Layer):
     """As `_GroupNorm`, over the last dimension."""
@@ -255,6 +278,11 @@ class _LayerNorm(_Layer):
             scale = told.scale[told.rows, self.slice].view(shape)
             shift = told.shift[told.rows, self.slice].view(shape)
         return scale * y + shift
+
+    def by_row(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = functional.layer_norm(x, (self.channels,), eps=self.eps)
+        shape = (x.shape[0], *[1] * (x.dim() - 2), self.channels)
+        return a.view(shape) * y + b.view(shape)
 
 
 def _replace_layers(model: nn.Module, slot: _Slot) -> list[_Layer]:
@@ -303,10 +331,7 @@ def _own_statistics(x: Tensor, groups: Groups, near: Tensor) -> tuple[Tensor, Te
     else is in the batch. Sums of squares are taken about `near` [C] (the source's mean), so that they lose no digits to
     a large mean (Chan et al., "shifted data"); `torch.var_mean` needs no such care, and six times as long on a CPU.
     """
-    x = x - _per_channel(near.unsqueeze(0), x)
-    over = list(range(2, x.dim()))
-    image_mean = x.mean(over) if over else x
-    image_square = x.square().mean(over) if over else x.square()
+    image_mean, image_square = _ImageMoments.apply(x, near) if x.dim() > 2 else (x - near, (x - near).square())
     sizes = torch.tensor(groups.sizes, dtype=x.dtype, device=x.device).unsqueeze(1)
 
     def mean_by_group(per_image: Tensor) -> Tensor:
@@ -321,12 +346,35 @@ def _own_statistics(x: Tensor, groups: Groups, near: Tensor) -> tuple[Tensor, Te
     return mean + near, mean_by_group(within) + spread, between
 
 
+class _ImageMoments(torch.autograd.Function):
+    """Of single images: `mean(x − near)` and `mean((x − near)²)`, both [B, C].
+
+    Written out because its gradient is `a·x + b` per image and channel: one pass over x where autograd takes four, and
+    nothing kept but x itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, near)
+        about = x - _per_channel(near.unsqueeze(0), x)
+        over = list(range(2, x.dim()))
+        return about.mean(over), about.square().mean(over)
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_square: Tensor) -> tuple[Tensor, None]:
+        x, near = ctx.saved_tensors
+        values = x[0, 0].numel()
+        a = 2 * of_square / values
+        b = of_mean / values - a * near
+        return torch.addcmul(_per_channel(b, x), _per_channel(a, x), x), None
+
+
 def _contradiction(
     own_mean: Tensor,
     between: Tensor,
     known: tuple[Tensor, Tensor],
     sizes: tuple[int, ...],
-    tolerance: float,
+    tolerance: Tensor | float,
     eps: float,
 ) -> Tensor:
     """How far each request's mean lies from a known one in one layer, beyond chance and `tolerance`; [G], 0 or more.

@@ -1,10 +1,12 @@
 """Optimizers as pure functions: everything that they remember is a field of the state."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 OptimizerName = Literal["adam", "sgd"]
 
 
@@ -28,7 +30,7 @@ def adam(
     params: Tensor,
     grad: Tensor,
     *,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[Tensor, OptimizerState]:
@@ -38,7 +40,7 @@ def adam(
         state: table of S rows.
         params: θ, [S, D].
         grad: [S, D].
-        learning_rate: α.
+        learning_rate: α; one for all rows, or [S].
         betas: β₁, β₂.
         eps: ε.
 
@@ -65,7 +67,7 @@ def adam(
 
 
 def sgd(
-    state: OptimizerState, params: Tensor, grad: Tensor, *, learning_rate: float, momentum: float = 0.9
+    state: OptimizerState, params: Tensor, grad: Tensor, *, learning_rate: float | Tensor, momentum: float = 0.9
 ) -> tuple[Tensor, OptimizerState]:
     """One step of SGD with (heavy-ball) momentum on every row of a table of parameters.
 
@@ -73,7 +75,7 @@ def sgd(
         state: table of S rows.
         params: θ, [S, D].
         grad: [S, D].
-        learning_rate: the length of a step.
+        learning_rate: the length of a step; one for all rows, or [S].
         momentum: share of the last step that is taken again.
 
     Returns:
@@ -87,4 +89,46 @@ def sgd(
     -1.45
     """
     first = momentum * state.first + grad
-    return params - learning_rate * first, OptimizerState(state.step + 1, first, state.second)
+    rate = learning_rate.unsqueeze(1) if isinstance(learning_rate, Tensor) else learning_rate
+    return params - rate * first, OptimizerState(state.step + 1, first, state.second)
+
+
+def rest(state: T) -> T:
+    """A state or table without its optimizers' moments: what a stream that nobody teaches needs to keep.
+
+    >>> zeros = torch.zeros(3)
+    >>> rest((zeros, OptimizerState(torch.tensor(5), zeros, zeros)))
+    (tensor([0., 0., 0.]), OptimizerState(step=tensor(0), first=tensor([]), second=tensor([])))
+    """
+
+    def emptied(found: OptimizerState) -> OptimizerState:
+        return OptimizerState(torch.zeros_like(found.step), found.first[..., :0], found.second[..., :0])
+
+    return _replace(state, emptied)
+
+
+def moments(state: Any) -> list[OptimizerState]:
+    """All optimizers' moments of a state or table, in the order of its fields."""
+    found: list[OptimizerState] = []
+
+    def note(each: OptimizerState) -> OptimizerState:
+        found.append(each)
+        return each
+
+    _replace(state, note)
+    return found
+
+
+def with_moments(state: T, kept: Sequence[OptimizerState]) -> T:
+    """A state or table with these moments, as `moments` gave them."""
+    rest_of = iter(kept)
+    return _replace(state, lambda _: next(rest_of))
+
+
+def _replace(node: T, change: Callable[[OptimizerState], OptimizerState]) -> T:
+    if isinstance(node, OptimizerState):
+        return cast(T, change(node))
+    if not isinstance(node, tuple):
+        return node
+    children = [_replace(child, change) for child in node]
+    return cast(T, getattr(type(node), "_make", tuple)(children))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from adapters import EATA, Batch, EATAConfig, EATAPrior, Groups, KeepFinite, Network, Pipeline, anchors, tree
+from adapters import EATA, Batch, EATAConfig, EATAPrior, Groups, Guarded, Network, Pipeline, anchors, tree
 from loadtests import cifar, report, resnet20
 from loadtests.errors import run
 
@@ -75,7 +75,7 @@ def replay(
     network = Network(model)
     fisher = anchors.fisher_diagonal(network, source)
     classes = reference["final_mean_probs"].shape[0]
-    pipeline = Pipeline(network, norm=KeepFinite(EATA(network, classes, EATAPrior(fisher), config)))
+    pipeline = Pipeline(network, norm=Guarded(EATA(network, classes, EATAPrior(fisher), config)))
     states = tree.stack([pipeline.init()])
     differences, errors, batches, other = [0.0], {}, 0, 0
     for corruption, stream in streams.items():
@@ -90,7 +90,7 @@ def replay(
         ours, theirs = np.concatenate(answers), reference[f"{corruption}_logits"]
         differences.append(_largest(ours, theirs))
         errors[corruption] = (_error(theirs, labels), _error(ours, labels))
-    end = tree.row(states, 0).norm
+    end = tree.row(states, 0).norm.inner
     return Comparison(
         logits=float(np.max(differences)),
         params=_largest(end.params.numpy(), _flat(reference, "param", layers)),

@@ -58,8 +58,8 @@ def test_every_setting_is_described(name: str, key: str) -> None:
 def test_every_default_shown_is_the_one_in_force(default: tuple[str, str]) -> None:
     key, shown = default
     actual = {str(model.model_fields[key].default) for model in ALL_SETTINGS.values() if key in model.model_fields}
-    sizes = {"32MiB": str(32 * 2**20), "25e6": "25000000"}
-    same = {shown, sizes.get(shown, shown), f"{shown}.0"}
+    written = {"32MiB": str(32 * 2**20), "25e6": "25000000", "true": "True"}
+    same = {shown, written.get(shown, shown), f"{shown}.0"}
     assert same & actual or key == "adapter", f"{key}: documented {shown}, in force {sorted(actual)}"
 
 
@@ -70,7 +70,7 @@ def test_every_route_is_described() -> None:
         raise AssertionError
 
     table = ModelRoutes("m", no_service, config.Tokens(infer=None, admin=None)).table
-    assert len(table) == 8
+    assert len(table) == 12
     for route in table:
         path = f"/v2/models/{{m}}{route.path}".removesuffix("/")
         assert re.search(rf"{re.escape(path)}[`?]", HTTP), f"{route.method} {path} is not in docs/http.md"

@@ -51,10 +51,14 @@ def build(config: Config, tokens: Tokens) -> list[tuple[str, str, Any]]:
             ray_actor_options={"num_cpus": cpus},
         )
 
+    folder = RunFolder(config.http.port)
+    folder.make()  # before a replica does, with the rights that it should have
     applications = [(FRONT, "/", deployment(FrontReplica, FRONT, 1000, 0).bind(names, tokens))]
     for model in config.models:
         ongoing = model.batching.queue_rows + model.batching.rows_max + 1000
-        bound = deployment(ModelReplica, model.name, ongoing, 1).bind(model, config.limits, tokens, len(names))
+        states = str(folder.path / "states" / model.name)
+        replica = deployment(ModelReplica, model.name, ongoing, 1)
+        bound = replica.bind(model, config.limits, tokens, len(names), states)
         applications.append((app_name(model.name), f"/v2/models/{model.name}", bound))
     return applications
 

@@ -1,7 +1,8 @@
 """The configuration file: YAML → frozen settings, validated in full, every problem reported at once with its line."""
 
 import os
-from collections.abc import Hashable, Iterator
+import re
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from pydantic import (
 from tta_serve.errors import ConfigError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # a stream's, without the ':' that ends the prefix
 
 
 def _whole_number(value: object) -> object:
@@ -44,8 +46,18 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
+def _tenant(name: str) -> str:
+    if not TENANT_PATTERN.fullmatch(name):
+        raise ValueError(
+            f"{name[:100]!r} cannot name a tenant: 1 to 32 letters, digits, '.', '_' or '-', beginning with a letter "
+            "or digit"
+        )
+    return name
+
+
 Count = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
 File = Annotated[Path, AfterValidator(_existing_file)]
+Tenant = Annotated[str, AfterValidator(_tenant)]
 
 
 class Settings(BaseModel):
@@ -74,6 +86,7 @@ class AuthSettings(Settings):
 
     infer_token_env: str | None = None  # None: predictions are open to all who reach the port
     admin_token_env: str = "TTA_ADMIN_TOKEN"  # noqa: S105  # unset: admin routes are closed
+    tenants: Mapping[Tenant, str] = {}  # tenant → variable; its token reaches the streams `tenant:…` alone
 
 
 class InputSettings(Settings):
@@ -126,11 +139,14 @@ class EATASettings(Settings):
     anchor: Literal["fisher", "l2", "none"] = "fisher"
     anchor_weight: float = Field(1.0, ge=0)
     optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    source_pull: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    full_step_rows: Literal["auto"] | Count = "auto"
     momentum: float = Field(0.9, ge=0, lt=1)
     source_images: float = Field(16.0, gt=0)
     stream_images_max: float = Field(256.0, ge=0)
     class_mix: float = Field(0.1, ge=0)
+    class_mix_rate: float = Field(0.2, ge=0, lt=1)
 
 
 class AdapterSettings(Settings):
@@ -165,6 +181,9 @@ class AdaptationSettings(Settings):
     step_rows: Count = 32  # async: a step waits for this many rows of a stream …
     step_wait_s: float = Field(0.5, gt=0)  # … or until the oldest has waited this long
     queue_rows: Count = 1024  # async: rows that may wait for the learner; the oldest give way
+    gate: bool = True  # async: a stream that is like the source is spared its steps
+    probe: File | None = None  # async: .npz with source `images` and, if known, their `labels`: to measure forgetting
+    forgetting_max: float = Field(0.02, ge=0, le=1)  # async: error added on the probe, as a share, before a guard trips
 
 
 class BatchingSettings(Settings):
@@ -175,9 +194,11 @@ class BatchingSettings(Settings):
 
 
 class StreamSettings(Settings):
-    """How many streams a model may have."""
+    """How many streams a model may have, and how many of them at hand."""
 
     max: Count = 10_000
+    resident: Count = 1024  # states in memory; those of the others are written out until they are needed
+    new_per_minute: Count = 600
 
 
 class ModelSettings(Settings):
@@ -191,7 +212,7 @@ class ModelSettings(Settings):
     prior: File | None = None  # .safetensors with `fisher`, or .npz with source `images`, uint8 [N, H, W, 3]
     replicas: int = Field(1, ge=1)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    runtime: Literal["eager"] = "eager"
+    runtime: Literal["eager", "compile"] = "eager"  # of predictions; compiling takes minutes at the first start
     threads: Literal["auto"] | Count = "auto"  # of one forward on the CPU
     adapter: Annotated[AdapterSettings, BeforeValidator(_parse_adapter)] = AdapterSettings(eata=EATASettings())
     adaptation: AdaptationSettings = AdaptationSettings()
@@ -244,20 +265,33 @@ class Tokens(BaseModel):
 
     infer: str | None
     admin: str | None
+    tenants: Mapping[str, str] = {}  # tenant → token
 
 
 def read_tokens(auth: AuthSettings) -> Tokens:
     """Read the tokens that the configuration names.
 
     Raises:
-        ConfigError: the infer token's variable is named and empty: leaving the routes open is not what was asked for.
+        ConfigError: the variable of the infer token or of a tenant's is named and empty: leaving the routes open is not
+            what was asked for. Or a tenant's token is not its alone.
     """
     infer = os.environ.get(auth.infer_token_env) if auth.infer_token_env else None
     if auth.infer_token_env and not infer:
         raise ConfigError(
             f"auth.infer_token_env names {auth.infer_token_env}, which is not set; set it or remove the line"
         )
-    return Tokens(infer=infer or None, admin=os.environ.get(auth.admin_token_env) or None)
+    admin = os.environ.get(auth.admin_token_env) or None
+    tenants = {tenant: os.environ.get(variable, "") for tenant, variable in auth.tenants.items()}
+    owners = {"admin_token_env": admin, "infer_token_env": infer}
+    for tenant, token in tenants.items():
+        if not token:
+            raise ConfigError(
+                f"auth.tenants.{tenant} names {auth.tenants[tenant]}, which is not set; set it or remove the tenant"
+            )
+        if same := [owner for owner, theirs in owners.items() if theirs == token]:
+            raise ConfigError(f"auth.tenants.{tenant} and auth.{same[0]} give the same token; each needs its own")
+        owners[f"tenants.{tenant}"] = token
+    return Tokens(infer=infer or None, admin=admin, tenants=tenants)
 
 
 def load(path: Path) -> Config:
@@ -298,7 +332,7 @@ def load(path: Path) -> Config:
 
 
 _AUTO = "literal['auto']"  # pydantic's name for that branch of a union
-_BRANCHES = ("function-", "literal[", "constrained-")  # steps of a location that are no keys of the file
+_BRANCHES = ("function-", "literal[", "constrained-", "[key]")  # steps of a location that are no keys of the file
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

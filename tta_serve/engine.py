@@ -1,23 +1,35 @@
 """The model, its pipeline and the live states: predict, learn, reset. The only caller of torch while serving.
 
-A stream is an immutable record in a dict, so publishing is one assignment: a forward that has begun keeps the record
-that it read. `predict` and `learn` may run in two threads at once.
+`predict` and `learn` may run in two threads at once, and neither waits for the other's computing: see `states.py`.
 """
 
+import logging
 import math
 import os
 import sys
-import threading
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters import Batch, Groups, Pipeline, PipelineState, tree
-from tta_serve.errors import NotFound, Overloaded
+from adapters import Batch, Groups, Moments, Pipeline, PipelineState, optim, tree
+from adapters.base import Forward
+from adapters.eata import MOMENTS_MIN_ROWS
+from adapters.guards import Guarded, Trip, trip_names
+from tta_serve.monitor import Forgotten, Monitor, Served
+from tta_serve.runtime import Runtime
+from tta_serve.snapshots import Snapshots
+from tta_serve.states import Held, States, row_of
+from tta_serve.streams import Action, StreamRecord
+from tta_serve.watch import Reading
+
+log = logging.getLogger(__name__)
+
+GOOD_EVERY_STEPS = 32  # steps between two of them; before one is kept, the probe is asked what was forgotten
+PULL_SHARE = 0.5  # of the way back to the source, at a guard's first trip
 
 AnswerKind = Literal["adapted", "frozen", "both"]
 
@@ -45,20 +57,25 @@ class Lesson(NamedTuple):
     stream: str
     incarnation: int  # of the stream when it answered; rows of an earlier life teach nothing
     version: int
+    moments: Moments | None = None  # of the request, [1, P], where the forward measured them
+    logits: Tensor | None = None  # as answered, [n, C]
+
+    @property
+    def rows(self) -> int:
+        return len(self.x)
 
 
-class StreamRecord(NamedTuple):
-    """A stream as it stands: an immutable value."""
+class Observed(NamedTuple):
+    """The moments that a request was answered with, without its rows."""
 
-    state: PipelineState
+    stream: str
     incarnation: int
-    version: int = 0
-    steps: int = 0  # updates of parameters
-    seen: int = 0  # rows given to the adapter
-    reliable: int = 0
-    selected: int = 0
-    refused: int = 0  # updates that a guard refused
-    entropy: float | None = None  # mean over the rows last learned from, nats
+    rows: int
+    moments: Moments  # [1, P]
+
+
+L = TypeVar("L", Lesson, Observed)
+Result = Literal["applied", "filtered", "refused", "stale", "frozen", "gated"]
 
 
 class Learned(NamedTuple):
@@ -68,7 +85,8 @@ class Learned(NamedTuple):
     seen: int
     selected: int
     entropy: float
-    result: Literal["applied", "filtered", "refused", "stale"]
+    result: Result
+    trips: tuple[str, ...] = ()  # guards
 
 
 class Engine:
@@ -79,113 +97,75 @@ class Engine:
         device: where the network is.
         streams_max: how many streams may exist.
         threads: of one forward on the CPU.
+        resident: how many of them have their state in the table; the others' are written out.
+        new_per_minute: how many streams may begin in a minute; None: any number.
+        snapshots: where states are written out and kept to roll back to.
+        monitor: looks at streams now and then; None: nobody does, and no gate closes.
+        batch_streams_max: streams of one forward.
+        runtime: runs the forward of predictions; None: the network does.
     """
 
-    def __init__(self, pipeline: Pipeline, device: torch.device, streams_max: int, threads: int = 1) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        device: torch.device,
+        streams_max: int,
+        threads: int = 1,
+        *,
+        resident: int = 1024,
+        new_per_minute: int | None = None,
+        snapshots: Snapshots | None = None,
+        monitor: Monitor | None = None,
+        batch_streams_max: int = 64,
+        runtime: Runtime | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.device = device
-        self.streams_max = streams_max
         self.threads = threads
+        self._monitor = monitor
+        self._forward: Forward = runtime.forward if runtime else pipeline.network
         self._init = pipeline.init()
-        self._streams: dict[str, StreamRecord] = {}
-        self._lives = 0  # incarnations handed out
-        self._lock = threading.Lock()  # held for dict updates only, never while computing
+        self.streams = States(
+            self._init,
+            streams_max=streams_max,
+            resident=resident,
+            new_per_minute=new_per_minute,
+            snapshots=snapshots,
+            answering_max=batch_streams_max,
+            on_end=monitor.forget if monitor else None,
+        )
 
-    def prepare_thread(self) -> None:
-        """Call once in each thread that will compute: the number of OpenMP threads is the thread's own."""
+    def prepare_thread(self, *, learns: bool = False) -> None:
+        """Call once in each thread that will compute.
+
+        The number of OpenMP threads is the thread's own; on a GPU each gets a CUDA stream, the learner's of lower
+        priority.
+        """
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
+        else:
+            stream = torch.cuda.Stream(self.device, priority=0 if learns else -1)  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(stream)
 
-    def record(self, stream: str) -> StreamRecord:
-        """The stream as it stands.
-
-        Raises:
-            NotFound: it does not exist.
-        """
-        record = self._streams.get(stream)
-        if record is None:
-            raise NotFound(f"there is no stream named {stream!r}; a stream begins with its first prediction")
-        return record
-
-    def stream_names(self) -> list[str]:
-        return sorted(self._streams)
-
-    def state_bytes(self) -> int:
-        """Bytes of all states; streams that have learned nothing share one."""
-        states = {id(record.state): record.state for record in list(self._streams.values())}
-        return sum(tree.nbytes(state) for state in states.values())
-
-    def open(self, stream: str) -> StreamRecord:
-        """The stream as it stands, begun if it does not exist.
-
-        Raises:
-            Overloaded: there are `streams_max` already.
-        """
-        record = self._streams.get(stream)
-        if record is not None:
-            return record
-        return self.begin(stream) or self.record(stream)
-
-    def begin(self, stream: str) -> StreamRecord | None:
-        """Begin a stream; None if it exists already.
-
-        Raises:
-            Overloaded: there are `streams_max` already.
-        """
-        if stream in self._streams:
-            return None
-        with self._lock:
-            if stream in self._streams:
-                return None
-            if len(self._streams) >= self.streams_max:
-                raise Overloaded(
-                    f"there are {self.streams_max} streams, the limit (streams.max); "
-                    f"delete one before beginning {stream!r}",
-                    retry_after_s=60,
-                )
-            record = self._streams[stream] = self._new_life()
-            return record
-
-    def take_back(self, stream: str, begun: StreamRecord) -> None:
-        """Undo `begin`, unless the stream has gone on since."""
-        with self._lock:
-            if self._streams.get(stream) is begun:
-                del self._streams[stream]
-
-    def reset(self, stream: str) -> StreamRecord:
-        """Begin a stream's life anew: its state becomes `init()`. What was under way for the old life is dropped.
+    def reading(self, stream: str) -> Reading | None:
+        """The last check of a stream; None before the first.
 
         Raises:
             NotFound: it does not exist.
         """
-        with self._lock:
-            self.record(stream)
-            record = self._streams[stream] = self._new_life()
-            return record
+        watch = self._monitor.known(stream, self.streams.record(stream).incarnation) if self._monitor else None
+        return watch.last if watch else None
 
-    def delete(self, stream: str) -> None:
-        """Forget a stream: nothing of it remains.
+    def gated(self, stream: str) -> bool:
+        """Whether a stream is spared its steps because it is like the source.
 
         Raises:
             NotFound: it does not exist.
         """
-        with self._lock:
-            self.record(stream)
-            del self._streams[stream]
+        watch = self._monitor.known(stream, self.streams.record(stream).incarnation) if self._monitor else None
+        return watch is not None and watch.gated
 
-    def _open_or_pass(self, stream: str) -> StreamRecord:
-        """As `open`; a stream that was deleted while it asked, and has no room now, passes by without a trace.
-
-        A batch must not fail for one of its streams.
-        """
-        try:
-            return self.open(stream)
-        except (Overloaded, NotFound):
-            return StreamRecord(self._init, incarnation=0)
-
-    def _new_life(self) -> StreamRecord:
-        self._lives += 1
-        return StreamRecord(self._init, incarnation=self._lives)
+    # -- predict ------------------------------------------------------------------------------------------------------
 
     def warm(self, shape: tuple[int, ...]) -> None:
         """Predict and adapt once on blank images of this shape, alone and in a larger request; nothing is kept.
@@ -195,10 +175,10 @@ class Engine:
         """
         for rows in (1, 8):
             x = torch.zeros(rows, *shape, device=self.device)
-            table, index = self._table(["warm"], [StreamRecord(self._init, incarnation=0)], (rows,))
-            groups = Groups.of((rows,), self.device)
+            index = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            table, groups = tree.stack([self._init]), Groups.of((rows,), self.device)
             with torch.no_grad():
-                self.pipeline.predict(table, index, groups, x)
+                self.pipeline.predict(table, index, groups, x, self._forward)
                 self.pipeline.adapt(table, index, Batch(x, groups, weights=x.new_ones(rows)))
 
     @torch.no_grad()
@@ -210,112 +190,253 @@ class Engine:
         """
         given = [query.x.to(self.device, non_blocking=True) for query in queries]
         inputs = [to_unit(x) for x in given]
-        records = [self._open_or_pass(query.stream) for query in queries]
-        adapted = self._forward(
-            [i for i, query in enumerate(queries) if query.answer != "frozen"], inputs, queries, records
+        adapted_for = [i for i, query in enumerate(queries) if query.answer != "frozen"]
+        frozen_for = [i for i, query in enumerate(queries) if query.answer != "adapted"]
+        with self.streams.answering([query.stream for query in queries]) as records:
+            logits, moments = self._adapted([inputs[i] for i in adapted_for], [records[i] for i in adapted_for])
+            frozen_logits = self._frozen([inputs[i] for i in frozen_for])
+            answered = _split(torch.cat(logits), [len(part) for part in logits]) if logits else []
+        adapted, frozen = (
+            dict(zip(adapted_for, answered, strict=True)),
+            dict(zip(frozen_for, frozen_logits, strict=True)),
         )
-        frozen = self._forward([i for i, query in enumerate(queries) if query.answer != "adapted"], inputs)
+        served, measured = dict(zip(adapted_for, logits, strict=True)), dict(zip(adapted_for, moments, strict=True))
         return [
             (
                 Answer(adapted.get(i), frozen.get(i), record.version),
-                Lesson(given[i], query.stream, record.incarnation, record.version),
+                Lesson(given[i], query.stream, record.incarnation, record.version, measured.get(i), served.get(i)),
             )
             for i, (query, record) in enumerate(zip(queries, records, strict=True))
         ]
 
-    def _forward(
-        self,
-        chosen: list[int],
-        inputs: Sequence[Tensor],
-        queries: Sequence[Query] | None = None,
-        records: Sequence[StreamRecord] = (),
-    ) -> dict[int, NDArray[np.float32]]:
-        """Logits of the chosen requests, by number; by the frozen network where no queries are given."""
-        if not chosen:
-            return {}
-        x = torch.cat([inputs[i] for i in chosen])
-        sizes = tuple(len(inputs[i]) for i in chosen)
-        if queries is None:
-            logits = self.pipeline.network(x).logits
-        else:
-            table, rows = self._table([queries[i].stream for i in chosen], [records[i] for i in chosen], sizes)
-            logits = self.pipeline.predict(table, rows, Groups.of(sizes, self.device), x).logits
-        parts = np.split(logits.cpu().numpy(), np.cumsum(sizes)[:-1])
-        return dict(zip(chosen, parts, strict=True))
+    def _adapted(
+        self, inputs: Sequence[Tensor], records: Sequence[StreamRecord]
+    ) -> tuple[list[Tensor], list[Moments | None]]:
+        """Logits and, where they were measured, moments of each request."""
+        if not inputs:
+            return [], []
+        sizes = tuple(len(x) for x in inputs)
+        numbers: dict[int, int] = {}  # of the table's rows, in the small table of this batch
+        of_request = [numbers.setdefault(row_of(record), len(numbers)) for record in records]
+        groups = Groups.of(sizes, self.device)
+        rows = torch.tensor(of_request).repeat_interleave(torch.tensor(sizes)).to(self.device)
+        output = self.pipeline.predict(
+            self.streams.read(list(numbers)), rows, groups, torch.cat(list(inputs)), self._forward
+        )
+        found = output.moments
+        moments = [
+            tree.apply(lambda leaf: leaf[i : i + 1], found) if found and n >= MOMENTS_MIN_ROWS else None  # noqa: B023
+            for i, n in enumerate(sizes)
+        ]
+        return list(torch.split(output.logits, list(sizes))), moments
 
-    def _table(
-        self, streams: Sequence[str], records: Sequence[StreamRecord], sizes: tuple[int, ...]
-    ) -> tuple[PipelineState, Tensor]:
-        """The states of these requests as a table, and which row of it each row of the batch uses."""
-        numbers: dict[tuple[str, int, int], int] = {}
-        states: list[PipelineState] = []
-        row_of_request: list[int] = []
-        for stream, record in zip(streams, records, strict=True):
-            key = (stream, record.incarnation, record.version)
-            if key not in numbers:
-                numbers[key] = len(states)
-                states.append(record.state)
-            row_of_request.append(numbers[key])
-        # a table of one row is a view: most batches hold one stream
-        one = len(states) == 1
-        table = tree.apply(lambda leaf: leaf.unsqueeze(0), states[0]) if one else tree.stack(states)
-        rows = torch.tensor(row_of_request).repeat_interleave(torch.tensor(sizes)).to(self.device)
-        return table, rows
+    def _frozen(self, inputs: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+        if not inputs:
+            return []
+        return _split(self._forward(torch.cat(list(inputs))).logits, tuple(len(x) for x in inputs))
+
+    # -- learn --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def absorb(self, observed: Sequence[Observed]) -> None:
+        """Take the moments of requests that get no step into their streams' statistics: no forward, no gradient.
+
+        What is stale or of a frozen stream is left alone, as in `learn`.
+        """
+        live, _ = self._live(observed)
+        with self.streams.teaching(live) as held:
+            if not held.streams:
+                return
+            given = [each for stream in held.streams for each in live[stream]]
+            numbers = {stream: i for i, stream in enumerate(held.streams)}
+            rows = torch.tensor([numbers[each.stream] for each in given]).to(self.device)
+            groups = Groups.of(tuple(each.rows for each in given), self.device)
+            moments = tree.apply(lambda *parts: torch.cat(parts), *(each.moments for each in given))
+            new = self.pipeline.absorb(self.streams.read(held.rows), rows, groups, moments)
+            self.streams.publish(held, [record._replace(version=record.version + 1) for record in held.records], new)
 
     @torch.no_grad()
     def learn(self, lessons: Sequence[Lesson]) -> list[Learned]:
         """Take one step for every stream among the lessons, in one backward, and publish the new states.
 
         Lessons of one stream are one group: their rows share their statistics. A lesson of another incarnation than the
-        stream's present one is stale and teaches nothing.
+        stream's present one is stale and teaches nothing; nor does one of a frozen stream.
         """
-        live: dict[str, list[Tensor]] = {}
-        records: dict[str, StreamRecord] = {}
-        done: list[Learned] = []
-        for lesson in lessons:
-            record = self._streams.get(lesson.stream)
-            if record is None or record.incarnation != lesson.incarnation:
-                done.append(Learned(lesson.stream, len(lesson.x), 0, 0.0, "stale"))
+        live, done = self._live(lessons)
+        frozen, gated = self._check(live)
+        for stream in gated:  # no step; their statistics are taken where they were measured
+            lessons = live.pop(stream)
+            self.absorb(observed(lessons))
+            done.append(Learned(stream, sum(lesson.rows for lesson in lessons), 0, math.nan, "gated"))
+        with self.streams.teaching(live) as held:
+            if not held.streams:
+                return done
+            batch = self._batch([live[stream] for stream in held.streams], [frozen.get(each) for each in held.streams])
+            new, report = self.pipeline.adapt(self.streams.read_to_teach(held), batch.groups.index, batch)
+            fields = (report.seen, report.reliable, report.selected, report.applied, report.refused, report.trips)
+            counts = [_Counts(*map(int, each)) for each in torch.stack(fields).T.tolist()]
+            forgotten = self._probe(held, counts, new)
+            records, judged, actions = self._judge(held, counts, report.entropy.tolist(), forgotten)
+            if "pull" in actions:
+                pulled = torch.tensor([action == "pull" for action in actions], device=self.device)
+                new = self._pull(new, pulled)
+            out = self.streams.publish(held, records, new)
+        for i, (learned, is_out) in enumerate(zip(judged, out, strict=True)):
+            done.append(learned if is_out else learned._replace(selected=0, result="stale"))
+            record, action = records[i], actions[i]
+            if not is_out:
                 continue
-            records.setdefault(lesson.stream, record)
-            live.setdefault(lesson.stream, []).append(to_unit(lesson.x))
-        if not live:
-            return done
-        parts = [torch.cat(rows) if len(rows) > 1 else rows[0] for rows in live.values()]
-        sizes = tuple(len(part) for part in parts)
-        x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        table, rows = self._table(list(live), list(records.values()), sizes)
-        batch = Batch(x, Groups.of(sizes, self.device), weights=x.new_ones(len(x)))
-        new, report = self.pipeline.adapt(table, rows, batch)
-        counts = torch.stack([report.seen, report.reliable, report.selected, report.applied, report.refused]).tolist()
-        entropies = report.entropy.tolist()
-        for i, (stream, record) in enumerate(records.items()):
-            seen, reliable, selected, applied, refused = (int(count[i]) for count in counts)
-            published = self._publish(
-                stream,
-                record._replace(
-                    state=record.state if refused else tree.row(new, i),
-                    version=record.version + (not refused),
-                    steps=record.steps + applied,
-                    seen=record.seen + seen,
-                    reliable=record.reliable + reliable,
-                    selected=record.selected + selected,
-                    refused=record.refused + refused,
-                    entropy=entropies[i] if math.isfinite(entropies[i]) and not refused else None,
-                ),
-            )
-            result: Any = "refused" if refused else "applied" if applied else "filtered"
-            done.append(Learned(stream, seen, selected, entropies[i], result if published else "stale"))
+            if action:
+                self.streams.act(learned.stream, record, action)
+            elif learned.result == "applied" and record.steps % GOOD_EVERY_STEPS == 0:
+                self.streams.keep_good(learned.stream, record, tree.row(optim.rest(new), i))
         return done
 
-    def _publish(self, stream: str, record: StreamRecord) -> bool:
-        """Make a record the stream's present one, unless the stream began a new life meanwhile."""
-        with self._lock:
-            present = self._streams.get(stream)
-            if present is None or present.incarnation != record.incarnation:
-                return False
-            self._streams[stream] = record
-            return True
+    def _check(self, live: dict[str, list[Lesson]]) -> tuple[dict[str, Tensor], list[str]]:
+        """Check the streams whose turn it is.
+
+        Returns:
+            The frozen logits of those that were, for their last rows; and which streams the gate is closed for.
+        """
+        if self._monitor is None:
+            return {}, []
+        due: dict[str, Served] = {}
+        for stream, lessons in live.items():
+            record = self.streams.find(stream)
+            watch = self._monitor.watch(stream, lessons[0].incarnation)
+            served = [(lesson.x, lesson.logits) for lesson in lessons if lesson.logits is not None]
+            if record is None or not watch.due(record.steps - record.checked_steps) or not served:
+                continue
+            xs, logits = zip(*served, strict=True)
+            due[stream] = Served(torch.cat([to_unit(x) for x in xs]), torch.cat(logits))
+        if due:
+            readings, frozen = self._monitor.check(list(due.values()))
+            for stream, reading in zip(due, readings, strict=True):
+                incarnation = live[stream][0].incarnation
+                watch = self._monitor.watch(stream, incarnation)
+                was_gated, changes = watch.gated, watch.read(reading)
+                notes = [f"change of {what}" for what in changes]
+                if watch.gated != was_gated:
+                    notes.append("gate closed" if watch.gated else "gate opened")
+                self.streams.note(stream, incarnation, lambda record: record.checked(notes))  # noqa: B023
+        else:
+            frozen = []
+        gated = [stream for stream, lots in live.items() if self._monitor.watch(stream, lots[0].incarnation).gated]
+        return dict(zip(due, frozen, strict=True)), gated
+
+    def _probe(self, held: Held, counts: Sequence["_Counts"], new: PipelineState) -> dict[int, Forgotten]:
+        """What the streams forgot whose steps make a round number; by their place among those held."""
+        found: dict[int, Forgotten] = {}
+        for i, (old, count) in enumerate(zip(held.records, counts, strict=True)):
+            if self._monitor and count.applied and (old.steps + 1) % GOOD_EVERY_STEPS == 0:
+                forgotten = self._monitor.forgotten(tree.apply(lambda leaf: leaf[i : i + 1], new.norm))  # noqa: B023
+                if forgotten is not None:
+                    found[i] = forgotten
+        return found
+
+    def _live(self, lessons: Sequence[L]) -> tuple[dict[str, list[L]], list[Learned]]:
+        """The lessons that can teach, by stream, and what is said of the others."""
+        live: dict[str, list[L]] = {}
+        done: list[Learned] = []
+        for lesson in lessons:
+            record = self.streams.find(lesson.stream)
+            if record is None or record.incarnation != lesson.incarnation:
+                done.append(Learned(lesson.stream, lesson.rows, 0, 0.0, "stale"))
+            elif record.frozen:
+                done.append(Learned(lesson.stream, lesson.rows, 0, 0.0, "frozen"))
+            else:
+                live.setdefault(lesson.stream, []).append(lesson)
+        return live, done
+
+    def _batch(self, lots: Sequence[Sequence[Lesson]], frozen: Sequence[Tensor | None]) -> Batch:
+        """The lessons of some streams as one batch, a group each; with the frozen logits of their last rows."""
+        parts = []
+        for lessons in lots:
+            inputs = [to_unit(lesson.x) for lesson in lessons]
+            parts.append(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
+        sizes = tuple(len(part) for part in parts)
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        given = [logits for logits in frozen if logits is not None]
+        frozen_logits = None
+        if given:
+            frozen_logits = given[0].new_full((len(x), given[0].shape[1]), math.nan)  # NaN: was not asked
+            for end, logits in zip(np.cumsum(sizes).tolist(), frozen, strict=True):
+                if logits is not None:
+                    frozen_logits[end - len(logits) : end] = logits
+        groups = Groups.of(sizes, self.device)
+        return Batch(x, groups, weights=x.new_ones(len(x)), frozen_logits=frozen_logits)
+
+    def _judge(
+        self,
+        held: Held,
+        counts: Sequence["_Counts"],
+        entropies: Sequence[float],
+        forgotten: Mapping[int, Forgotten],
+    ) -> tuple[list[StreamRecord], list[Learned], list[Action | None]]:
+        """What a step made of each stream; and what the guards want done."""
+        records: list[StreamRecord] = []
+        done: list[Learned] = []
+        actions: list[Action | None] = []
+        for i, (stream, old, count) in enumerate(zip(held.streams, held.records, counts, strict=True)):
+            entropy, lost, bits, action = entropies[i], forgotten.get(i), count.trips, None
+            record = old._replace(
+                version=old.version + (not count.refused),
+                steps=old.steps + count.applied,
+                seen=old.seen + count.seen,
+                reliable=old.reliable + count.reliable,
+                selected=old.selected + count.selected,
+                refused=old.refused + count.refused,
+                entropy=entropy if math.isfinite(entropy) and not count.refused else None,
+                ladder=old.ladder.step() if count.applied else old.ladder,
+                forgetting=(lost.points, lost.standard_error) if lost else old.forgetting,
+            )
+            if lost and lost.too_much:
+                bits |= Trip.FORGETTING
+            if trips := trip_names(bits):
+                ladder, action = old.ladder.trip()
+                version = record.version + (bool(count.refused) and action == "pull")  # pulling changes the state
+                record = record._replace(version=version, trips=old.trips + 1, ladder=ladder)
+                record = record.noted(f"{' and '.join(trips)}: {action}")
+                log.warning("stream %r: the guards %s tripped: %s", stream, ", ".join(trips), action)
+            records.append(record)
+            actions.append(action)
+            result: Result = "refused" if count.refused else "applied" if count.applied else "filtered"
+            done.append(Learned(stream, count.seen, count.selected, entropy, result, trips))
+        return records, done, actions
+
+    def _pull(self, states: PipelineState, mask: Tensor) -> PipelineState:
+        norm = self.pipeline.norm
+        assert isinstance(norm, Guarded)  # who else would have tripped
+        return states._replace(norm=norm.pull(states.norm, mask, PULL_SHARE))
+
+
+class _Counts(NamedTuple):
+    """A report's fields of one stream, on the host."""
+
+    seen: int
+    reliable: int
+    selected: int
+    applied: int
+    refused: int
+    trips: int
+
+
+def _row(record: StreamRecord) -> int:
+    assert record.row is not None  # attached
+    return record.row
+
+
+def _split(logits: Tensor, sizes: Sequence[int]) -> list[NDArray[np.float32]]:
+    return np.split(logits.cpu().numpy(), np.cumsum(sizes)[:-1])
+
+
+def observed(lessons: Iterable[Lesson]) -> list[Observed]:
+    """What is left to learn from rows that get no step."""
+    return [
+        Observed(lesson.stream, lesson.incarnation, lesson.rows, lesson.moments)
+        for lesson in lessons
+        if lesson.moments is not None
+    ]
 
 
 def to_unit(x: Tensor) -> Tensor:

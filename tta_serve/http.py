@@ -1,15 +1,13 @@
-"""Routes of one model, the table from errors to statuses, and who may do what."""
+"""Routes of one model, and the table from errors to statuses."""
 
-import hmac
 import logging
 import reprlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from math import ceil
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -18,19 +16,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tta_serve import errors
+from tta_serve import errors, http_docs
+from tta_serve.access import may_predict
 from tta_serve.config import Tokens
-from tta_serve.engine import AnswerKind
-from tta_serve.protocol import WireRequest, format_infer, parse_infer
-from tta_serve.service import DEFAULT_STREAM, Prediction, Service, probabilities
+from tta_serve.http_answers import check_outputs, headers_of, outputs_of, ranked, read_options, state_of
+from tta_serve.http_streams import StreamRoutes
+from tta_serve.protocol import format_infer, parse_infer
+from tta_serve.service import Service
 
 log = logging.getLogger(__name__)
 
 MODEL_VERSION = "1"
 INPUT_NAME = "images"
 PARSE_INLINE_BYTES = 256 * 1024
-TOP = 5  # classes listed for each image by `predict`
-STREAMS_PAGE_MAX = 1000
 
 STATUS: dict[type[errors.TTAError], int] = {
     errors.InvalidInput: 400,
@@ -43,51 +41,6 @@ STATUS: dict[type[errors.TTAError], int] = {
     errors.ConfigError: 500,
 }
 _OUTCOME = {400: "invalid", 413: "invalid", 401: "refused", 403: "refused", 404: "invalid", 429: "refused"}
-
-
-class Options(NamedTuple):
-    """What the headers of a prediction say."""
-
-    stream: str
-    adapt: bool
-    answer: AnswerKind
-
-
-def read_options(request: Request, parameter_stream: object = None) -> Options:
-    """Read `x-session-id`, `x-adapt` and `x-answer`.
-
-    Args:
-        request: the request.
-        parameter_stream: the parameter `stream`, of the JSON or the query.
-
-    Raises:
-        InvalidInput: an unknown value, or a stream named twice and differently.
-    """
-    if parameter_stream is not None and not isinstance(parameter_stream, str):
-        raise errors.InvalidInput(f"the parameter stream is {reprlib.repr(parameter_stream)}, not text")
-    header_stream = request.headers.get("x-session-id")
-    if header_stream is not None and parameter_stream is not None and header_stream != parameter_stream:
-        raise errors.InvalidInput(
-            f"the header x-session-id names the stream {header_stream!r}, "
-            f"the parameter stream {parameter_stream!r}; give one"
-        )
-    adapt = request.headers.get("x-adapt", "on")
-    answer = request.headers.get("x-answer", "adapted")
-    if adapt not in ("on", "off"):
-        raise errors.InvalidInput(f"x-adapt is {adapt!r}; it can be on or off")
-    if answer not in ("adapted", "frozen", "both"):
-        raise errors.InvalidInput(f"x-answer is {answer!r}; it can be adapted, frozen or both")
-    named = header_stream if header_stream is not None else parameter_stream
-    return Options(DEFAULT_STREAM if named is None else named, adapt == "on", cast(AnswerKind, answer))
-
-
-def check_token(request: Request, *accepted: str | None) -> None:
-    """Raise unless the request carries one of the tokens (`Authorization: Bearer …`)."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given:
-        raise errors.Unauthorized("this needs a token: Authorization: Bearer TOKEN")
-    if not any(token and hmac.compare_digest(given.encode(), token.encode()) for token in accepted):
-        raise errors.Unauthorized("the token is not valid here")
 
 
 class Endpoint(NamedTuple):
@@ -116,15 +69,20 @@ class ModelRoutes:
         self.versioned = (
             Endpoint("GET", "/", self.metadata, "model"),
             Endpoint("GET", "/ready", self.ready, "model"),
-            Endpoint("POST", "/infer", self.infer, "predict", _INFER_DOC),
+            Endpoint("POST", "/infer", self.infer, "predict", http_docs.INFER),
         )
+        streams = StreamRoutes(service, tokens)
         self.table = (
             *self.versioned,
-            Endpoint("POST", "/predict", self.predict, "predict", _PREDICT_DOC),
-            Endpoint("GET", "/streams", self.streams, "streams", _PAGE_DOC),
-            Endpoint("GET", "/streams/{stream}", self.stream, "streams"),
-            Endpoint("DELETE", "/streams/{stream}", self.delete, "streams"),
-            Endpoint("POST", "/streams/{stream}/reset", self.reset, "streams"),
+            Endpoint("POST", "/predict", self.predict, "predict", http_docs.PREDICT),
+            Endpoint("GET", "/streams", streams.page, "streams", http_docs.PAGE),
+            Endpoint("GET", "/streams/{stream}", streams.view, "streams", http_docs.VIEW),
+            Endpoint("DELETE", "/streams/{stream}", streams.delete, "streams", http_docs.DELETE),
+            Endpoint("GET", "/streams/{stream}/history", streams.history, "streams", http_docs.HISTORY),
+            Endpoint("POST", "/streams/{stream}/reset", streams.reset, "streams", http_docs.COMMAND),
+            Endpoint("POST", "/streams/{stream}/freeze", streams.freeze, "streams", http_docs.COMMAND),
+            Endpoint("POST", "/streams/{stream}/resume", streams.resume, "streams", http_docs.COMMAND),
+            Endpoint("POST", "/streams/{stream}/rollback", streams.rollback, "streams", http_docs.ROLLBACK),
         )
 
     async def metadata(self, _: Request) -> JSONResponse:
@@ -164,7 +122,7 @@ class ModelRoutes:
 
     async def infer(self, request: Request) -> Response:
         """Open Inference Protocol v2: tensors in, tensors out; JSON, or with binary tensor data."""
-        self._may_predict(request)
+        reach = may_predict(self.tokens, request.headers.get("authorization", ""))
         body = await request.body()
         header_length = request.headers.get("inference-header-content-length")
         if len(body) <= PARSE_INLINE_BYTES:
@@ -172,24 +130,25 @@ class ModelRoutes:
         else:  # megabytes of JSON take a second, in which no other request would be heard
             asked = await self.service().off_loop(lambda: parse_infer(body, header_length))
         options = read_options(request, asked.parameters.get("stream"))
+        stream = reach.full(options.stream)
         unknown = [name for name in asked.tensors if name != INPUT_NAME]
         if unknown:
             raise errors.InvalidInput(
                 f"there is no input named {reprlib.repr(unknown[0])}; this model reads one, {INPUT_NAME!r}"
             )
-        wanted = _check_outputs(asked.outputs, options.answer)
+        wanted = check_outputs(asked.outputs, options.answer)
         service = self.service()
         x = service.to_input(asked.tensors[INPUT_NAME])
-        prediction = await service.predict(x, options.stream, adapt=options.adapt, answer=options.answer)
+        prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
         header = {
             "model_name": self.name,
             "model_version": MODEL_VERSION,
             "id": asked.id or uuid.uuid4().hex,
-            "parameters": _state_of(prediction, options),
+            "parameters": state_of(prediction, options),
         }
         service.metrics.count("tta_requests_total", outcome="ok")
-        content, json_length = format_infer(header, _outputs(prediction, wanted), asked.binary_outputs)
-        headers = _headers_of(prediction)
+        content, json_length = format_infer(header, outputs_of(prediction, wanted), asked.binary_outputs)
+        headers = headers_of(prediction)
         if json_length is None:
             return Response(content, media_type="application/json", headers=headers)
         headers["inference-header-content-length"] = str(json_length)
@@ -197,62 +156,24 @@ class ModelRoutes:
 
     async def predict(self, request: Request) -> Response:
         """Pictures in, labels and scores out: a body of JPEG, PNG or WebP, or multipart with several."""
-        self._may_predict(request)
+        reach = may_predict(self.tokens, request.headers.get("authorization", ""))
         service = self.service()
         options = read_options(request, request.query_params.get("stream"))
+        stream = reach.full(options.stream)
         contents = await self._pictures(request, service)
         x = await service.decode(contents)
-        prediction = await service.predict(x, options.stream, adapt=options.adapt, answer=options.answer)
+        prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
         service.metrics.count("tta_requests_total", outcome="ok")
         content: dict[str, Any] = {
             "model_name": self.name,
             "id": request.headers.get("x-request-id") or uuid.uuid4().hex,
         }
         if prediction.logits is not None:
-            content["predictions"] = _ranked(prediction.logits, service.labels)
+            content["predictions"] = ranked(prediction.logits, service.labels)
         if prediction.frozen_logits is not None:
-            content["frozen_predictions"] = _ranked(prediction.frozen_logits, service.labels)
-        content["parameters"] = _state_of(prediction, options)
-        return JSONResponse(content, headers=_headers_of(prediction))
-
-    async def streams(self, request: Request) -> JSONResponse:
-        """The streams by name, a page at a time."""
-        self._may_predict(request)
-        limit = _read_count(request, "limit", default=100, least=1, most=STREAMS_PAGE_MAX)
-        offset = _read_count(request, "offset", default=0, least=0, most=2**31)
-        service = self.service()
-        names = service.engine.stream_names()
-        page = [service.view(name)._asdict() for name in names[offset : offset + limit]]
-        return JSONResponse({"streams": page, "total": len(names)})
-
-    async def stream(self, request: Request) -> JSONResponse:
-        """One stream: version, steps, rows seen and selected, entropy, bytes."""
-        self._may_predict(request)
-        return JSONResponse(self.service().view(request.path_params["stream"])._asdict())
-
-    async def reset(self, request: Request) -> JSONResponse:
-        """Begin the stream anew: its state becomes that of one that has seen nothing. Admin token."""
-        self._may_administer(request)
-        return JSONResponse(self.service().reset(request.path_params["stream"])._asdict())
-
-    async def delete(self, request: Request) -> JSONResponse:
-        """Forget the stream. Admin token."""
-        self._may_administer(request)
-        stream = request.path_params["stream"]
-        self.service().delete(stream)
-        return JSONResponse({"deleted": stream})
-
-    def _may_predict(self, request: Request) -> None:
-        if self.tokens.infer is not None:
-            check_token(request, self.tokens.infer, self.tokens.admin)
-
-    def _may_administer(self, request: Request) -> None:
-        if self.tokens.admin is None:
-            raise errors.Forbidden(
-                "admin routes are closed: the server was started without an admin token; set the environment variable "
-                "that auth.admin_token_env names (TTA_ADMIN_TOKEN unless configured) and start it again"
-            )
-        check_token(request, self.tokens.admin)
+            content["frozen_predictions"] = ranked(prediction.frozen_logits, service.labels)
+        content["parameters"] = state_of(prediction, options)
+        return JSONResponse(content, headers=headers_of(prediction))
 
     async def _pictures(self, request: Request, service: Service) -> list[bytes]:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
@@ -313,7 +234,7 @@ def error_handlers(count: Callable[[str], None]) -> dict[Any, Callable[[Request,
     async def ours(_: Request, error: Exception) -> Response:
         status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
         headers = (
-            {"retry-after": str(max(1, round(error.retry_after_s)))} if isinstance(error, errors.Overloaded) else {}
+            {"retry-after": str(max(1, ceil(error.retry_after_s)))} if isinstance(error, errors.Overloaded) else {}
         )
         if isinstance(error, errors.Unauthorized):
             headers["www-authenticate"] = "Bearer"
@@ -339,107 +260,3 @@ def error_handlers(count: Callable[[str], None]) -> dict[Any, Callable[[Request,
         return Response(status_code=499)  # nobody reads it
 
     return {errors.TTAError: ours, HTTPException: routing, ClientDisconnect: gone, Exception: unexpected}
-
-
-def _read_count(request: Request, name: str, *, default: int, least: int, most: int) -> int:
-    given = request.query_params.get(name, str(default))
-    digits = given.isascii() and given.isdigit() and len(given) < 20
-    if not (digits and least <= int(given) <= most):
-        raise errors.InvalidInput(f"the parameter {name} is {given[:100]!r}; it can be {least} … {most}")
-    return int(given)
-
-
-def _check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[str, ...]:
-    prefixes = {"adapted": ("",), "frozen": ("frozen_",), "both": ("", "frozen_")}[answer]
-    if asked is None:
-        return tuple(prefix + name for prefix in prefixes for name in ("labels", "probabilities"))
-    known = [prefix + name for prefix in prefixes for name in ("labels", "probabilities", "logits")]
-    for name in asked:
-        if name not in known:
-            raise errors.InvalidInput(
-                f"there is no output named {name!r} with x-answer {answer}; there are {', '.join(known)}"
-            )
-    return asked
-
-
-def _outputs(prediction: Prediction, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    outputs: dict[str, NDArray[Any]] = {}
-    for full_name in wanted:
-        name = full_name.removeprefix("frozen_")
-        logits = prediction.frozen_logits if full_name.startswith("frozen_") else prediction.logits
-        assert logits is not None  # _check_outputs
-        if name == "labels":
-            outputs[full_name] = logits.argmax(axis=1).astype(np.int64)
-        else:
-            outputs[full_name] = probabilities(logits) if name == "probabilities" else logits
-    return outputs
-
-
-def _ranked(logits: NDArray[np.float32], labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """For each image the best label with its score, and the best few."""
-    ranked = []
-    for probs in probabilities(logits):
-        best = np.argsort(-probs, kind="stable")[:TOP]
-        scores = [{"label": labels[i], "index": int(i), "score": round(float(probs[i]), 6)} for i in best]
-        ranked.append({**scores[0], "scores": scores})
-    return ranked
-
-
-def _state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
-    return {"stream": options.stream, "state_version": str(prediction.version), "adapted": prediction.adapted}
-
-
-def _headers_of(prediction: Prediction) -> dict[str, str]:
-    return {"x-state-version": str(prediction.version), "x-adapted": "true" if prediction.adapted else "false"}
-
-
-_HEADERS_DOC = [
-    {"name": name, "in": "header", "schema": schema, "description": text}
-    for name, schema, text in (
-        ("x-session-id", {"type": "string"}, "The stream; else the parameter `stream`; else `default`."),
-        ("x-adapt", {"enum": ["on", "off"]}, "Whether the request may be learned from."),
-        ("x-answer", {"enum": ["adapted", "frozen", "both"]}, "Whose answer."),
-    )
-]
-_PAGE_DOC = {
-    "parameters": [
-        {"name": name, "in": "query", "schema": {"type": "integer", "default": default}}
-        for name, default in (("limit", 100), ("offset", 0))
-    ]
-}
-_INFER_DOC = {
-    "parameters": [
-        *_HEADERS_DOC,
-        {
-            "name": "Inference-Header-Content-Length",
-            "in": "header",
-            "schema": {"type": "integer"},
-            "description": "Length of the JSON, where binary tensor data follows it.",
-        },
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": WireRequest.model_json_schema(ref_template="#/components/schemas/{model}")},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
-_IMAGE_DOC = {"schema": {"type": "string", "format": "binary"}}
-_PREDICT_DOC = {
-    "parameters": [*_HEADERS_DOC, {"name": "stream", "in": "query", "schema": {"type": "string"}}],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/jpeg": _IMAGE_DOC,
-            "image/png": _IMAGE_DOC,
-            "image/webp": _IMAGE_DOC,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-        },
-    },
-}

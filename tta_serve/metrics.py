@@ -25,19 +25,25 @@ TABLE: tuple[tuple[str, type[Counter] | type[Gauge] | type[Histogram], tuple[str
     ("tta_stage_seconds", Histogram, ("stage",), "Time in a stage: decode, queue, predict, learn."),
     ("tta_batch_rows", Histogram, (), "Rows of one forward."),
     ("tta_batch_streams", Histogram, (), "Streams in one forward."),
-    ("tta_steps_total", Counter, ("result",), "Learning steps, by result: applied, filtered, refused, stale."),
+    (
+        "tta_steps_total",
+        Counter,
+        ("result",),
+        "Learning steps, by result: applied, filtered, refused, stale, frozen, gated.",
+    ),
+    ("tta_guard_trips_total", Counter, ("guard",), "Trips of guards, by guard."),
     ("tta_learned_rows_total", Counter, (), "Rows given to the adapter."),
     ("tta_selected_rows_total", Counter, (), "Rows that the adapter learned from."),
     (
         "tta_skipped_rows_total",
         Counter,
         ("reason",),
-        "Rows not given to the adapter: queue_full, forgotten, failed, off.",
+        "Rows not learned from, by reason: queue_full, forgotten, failed, off, frozen, stale, gated.",
     ),
     ("tta_entropy_nats", Gauge, (), "Mean entropy of the rows last learned from."),
     ("tta_waiting_rows", Gauge, (), "Rows waiting for a forward."),
     ("tta_pending_rows", Gauge, (), "Rows waiting to be learned from."),
-    ("tta_streams", Gauge, (), "Streams resident."),
+    ("tta_streams", Gauge, (), "Streams that exist."),
     ("tta_state_bytes", Gauge, (), "Bytes of all resident states."),
 )
 

@@ -45,6 +45,7 @@ class LoadedModel:
     labels: tuple[str, ...]  # C of them
     digest: str  # of the weights, hexadecimal
     prior: Path | None  # see `ModelSettings.prior`
+    probe: Path | None = None  # see `AdaptationSettings.probe`
 
 
 class Normalised(nn.Module):
@@ -89,7 +90,7 @@ def load(settings: ModelSettings) -> LoadedModel:
     normalised = Normalised(module, described.mean, described.std).eval()
     classes = _count_classes(settings, normalised, spec)
     labels = _check_labels(settings, settings.labels or labels or tuple(str(i) for i in range(classes)), classes)
-    return LoadedModel(normalised, spec, labels, _digest(module), settings.prior)
+    return LoadedModel(normalised, spec, labels, _digest(module), settings.prior, settings.adaptation.probe)
 
 
 def _digits(settings: ModelSettings) -> LoadedModel:
@@ -101,6 +102,7 @@ def _digits(settings: ModelSettings) -> LoadedModel:
         _check_labels(settings, settings.labels or digits.LABELS, len(digits.LABELS)),
         _digest(module),
         settings.prior or BUILTIN_FOLDER / "digits_prior.safetensors",
+        settings.adaptation.probe or digits.PROBE,
     )
 
 

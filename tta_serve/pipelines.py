@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import safetensors
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters import EATA, AdapterError, EATAConfig, EATAPrior, KeepFinite, Network, Pipeline, Source
+from adapters import EATA, AdapterError, EATAConfig, EATAPrior, Guarded, Network, Pipeline, Source
 from adapters.anchors import fisher_diagonal
 from tta_serve.config import EATASettings, ModelSettings
 from tta_serve.errors import ConfigError
 from tta_serve.models import InputSpec, LoadedModel
+
+T = TypeVar("T")
 
 FISHER_IMAGES = 2000  # the paper's number of source samples (section 5)
 FISHER_BATCH = 200
@@ -37,24 +40,32 @@ def build(settings: ModelSettings, model: LoadedModel, device: torch.device) -> 
     try:
         needs_prior = config.anchor == "fisher" and config.anchor_weight > 0
         prior = _eata_prior(settings, model, network) if needs_prior else None
-        return Pipeline(network, norm=KeepFinite(EATA(network, len(model.labels), prior, config)))
+        return Pipeline(network, norm=Guarded(EATA(network, len(model.labels), prior, config)))
     except AdapterError as error:
         raise ConfigError(f"models.{settings.name}.adapter: {error}") from None
 
 
 def _eata_config(settings: EATASettings, mode: str) -> EATAConfig:
+    published = mode == "sync"
+
+    def auto(value: T | Literal["auto"], otherwise: T) -> T:
+        return otherwise if value == "auto" else value
+
     return EATAConfig(
-        entropy_margin=None if settings.entropy_margin == "auto" else settings.entropy_margin,
-        redundancy_margin=None if settings.redundancy_margin == "auto" else settings.redundancy_margin,
+        entropy_margin=auto(settings.entropy_margin, None),
+        redundancy_margin=auto(settings.redundancy_margin, None),
         anchor=settings.anchor,
         anchor_weight=settings.anchor_weight,
         optimizer=settings.optimizer,
-        learning_rate=settings.learning_rate,
+        learning_rate=auto(settings.learning_rate, 1e-3 if published else 4e-3),
         momentum=settings.momentum,
-        statistics="batch" if mode == "sync" else "evidence",
+        source_pull=auto(settings.source_pull, 0.0 if published else 0.02),
+        full_step_rows=auto(settings.full_step_rows, None if published else 64),
+        statistics="batch" if published else "evidence",
         source_images=settings.source_images,
         stream_images_max=settings.stream_images_max,
         class_mix=settings.class_mix,
+        class_mix_rate=settings.class_mix_rate,
     )
 
 
@@ -68,7 +79,7 @@ def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -
             "[N, height, width, 3], or a .safetensors with `fisher`); without source images set `anchor: l2`"
         )
     if path.suffix == ".npz":
-        images = _read_images(path, model.input)
+        images = read_images(path, model.input, "prior")
         return EATAPrior(fisher_diagonal(network, _batches(images, network.scale.device)))
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -83,15 +94,25 @@ def _eata_prior(settings: ModelSettings, model: LoadedModel, network: Network) -
     return EATAPrior(fisher.to(network.scale.device))
 
 
-def _read_images(path: Path, spec: InputSpec) -> Tensor:
+def read_images(path: Path, spec: InputSpec, what: str) -> Tensor:
+    """Images of an .npz file as the model reads them: uint8 [N, 3, H, W], at most the first 2,000.
+
+    Args:
+        path: of the file.
+        spec: what the model reads.
+        what: the file is for, in messages.
+
+    Raises:
+        ConfigError: it holds no such images.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images = archive["images"]
     except Exception as error:
-        raise ConfigError(f"prior: {path} holds no readable array `images`: {error}") from error
+        raise ConfigError(f"{what}: {path} holds no readable array `images`: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2 or not images.size:
         raise ConfigError(
-            f"prior: `images` of {path} is {images.dtype} {list(images.shape)}, not uint8 [N ≥ 2, H, W, 3]"
+            f"{what}: `images` of {path} is {images.dtype} {list(images.shape)}, not uint8 [N ≥ 2, H, W, 3]"
         )
     x = torch.from_numpy(images[:FISHER_IMAGES]).permute(0, 3, 1, 2)
     if x.shape[2:] != (spec.height, spec.width):

@@ -1,16 +1,14 @@
 """The Ray Serve deployments: a replica that holds one model and answers HTTP itself, and the front."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
-import torch
 from ray import serve
 from starlette.types import ASGIApp
 
-from tta_serve import models, pipelines
+from tta_serve.building import build_engine
 from tta_serve.config import LimitSettings, ModelSettings, Tokens
-from tta_serve.engine import Engine, cores, pick_device, plan_threads
-from tta_serve.errors import ConfigError
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
 from tta_serve.learner import Pools
@@ -20,7 +18,9 @@ from tta_serve.service import Limits, Service
 log = logging.getLogger(__name__)
 
 
-def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node: int, replica: str) -> Service:
+def build_service(
+    settings: ModelSettings, limits: LimitSettings, models_on_node: int, replica: str, folder: Path | None = None
+) -> Service:
     """Everything behind the routes of one model.
 
     Args:
@@ -28,27 +28,12 @@ def build_service(settings: ModelSettings, limits: LimitSettings, models_on_node
         limits: of one request.
         models_on_node: how many models share the cores.
         replica: the replica's id, for the metrics.
+        folder: where states are written out.
 
     Raises:
-        ConfigError: the model, its adapter or its device cannot be had.
+        ConfigError: see `build_engine`.
     """
-    device = pick_device(settings.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores())  # nothing is served yet: loading and the Fisher diagonal may have them all
-    try:
-        model = models.load(settings)
-        pipeline = pipelines.build(settings, model, device)
-    finally:
-        torch.set_num_threads(before)
-    threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
-    engine = Engine(pipeline, device, settings.streams.max, threads)
-    try:
-        engine.warm(model.input.shape)
-    except Exception as error:
-        raise ConfigError(
-            f"models.{settings.name}: the model loads, but a trial of predicting and adapting fails: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    engine, model = build_engine(settings, models_on_node, folder)
     adaptation = settings.adaptation
     return Service(
         engine,
@@ -72,9 +57,12 @@ def app_name(model: str) -> str:
 class ModelReplica:
     """One replica of one model: Ray Serve's ingress, so that HTTP reaches the model in one hop."""
 
-    def __init__(self, settings: ModelSettings, limits: LimitSettings, tokens: Tokens, models_on_node: int) -> None:
+    def __init__(
+        self, settings: ModelSettings, limits: LimitSettings, tokens: Tokens, models_on_node: int, folder: str
+    ) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        self._service = build_service(settings, limits, models_on_node, replica)
+        # one folder a replica: while a deployment is replaced, two live at once
+        self._service = build_service(settings, limits, models_on_node, replica, Path(folder) / replica)
         self._routes = ModelRoutes(settings.name, lambda: self._service, tokens)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's name for it

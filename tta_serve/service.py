@@ -1,8 +1,9 @@
-"""The use cases around one model, knowing nothing of HTTP or Ray: predict, look at a stream, reset it."""
+"""The use cases around one model, knowing nothing of HTTP or Ray: predict, look at streams, command them."""
 
 import asyncio
+import contextlib
 import logging
-import re
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters import tree
 from tta_serve import images
 from tta_serve.batching import Batcher
 from tta_serve.engine import Answer, AnswerKind, Engine, Learned, Lesson, Query
-from tta_serve.errors import InvalidInput, Overloaded, TooLarge, Unavailable
+from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
 from tta_serve.learner import Learner, Pools
 from tta_serve.metrics import Metrics
 from tta_serve.models import InputSpec
+from tta_serve.streams import StreamRecord
+from tta_serve.views import DEFAULT_STREAM, StreamHistory, StreamPage, StreamView, check_stream, history_of
 
 log = logging.getLogger(__name__)
 
-STREAM_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-DEFAULT_STREAM = "default"
 T = TypeVar("T")
 
 
@@ -46,24 +46,6 @@ class Prediction(NamedTuple):
     @property
     def adapted(self) -> bool:
         return self.logits is not None
-
-
-class StreamView(NamedTuple):
-    """A stream as users see it."""
-
-    stream: str
-    mode: str
-    version: int
-    incarnation: int
-    steps: int
-    seen: int
-    reliable: int
-    selected: int
-    selected_share: float | None
-    refused: int
-    entropy: float | None
-    pending_rows: int
-    state_bytes: int
 
 
 class _Asked(NamedTuple):
@@ -217,13 +199,13 @@ class Service:
             Overloaded: no room for the request or for a new stream.
         """
         check_stream(stream)
-        begun = self.engine.begin(stream)
+        begun = self.engine.streams.begin(stream)
         asked = _Asked(Query(x, stream, answer), adapt, time.monotonic())
         try:
             result, _ = await self._batcher.submit(asked, rows=len(x))
         except Overloaded:
             if begun:  # a request that was refused leaves no stream behind
-                self.engine.take_back(stream, begun)
+                self.engine.streams.take_back(stream, begun)
             raise
         self.metrics.count("tta_images_total", len(x))
         prediction = Prediction(result.logits, result.frozen_logits, result.version)
@@ -233,6 +215,17 @@ class Service:
             )
         return prediction
 
+    def streams(self, limit: int, offset: int = 0, prefix: str = "", *, without: tuple[str, ...] = ()) -> StreamPage:
+        """A page of the streams whose names begin with `prefix` and with none of `without`."""
+        names = [
+            name for name in self.engine.streams.names() if name.startswith(prefix) and not name.startswith(without)
+        ]
+        views = []
+        for name in names[offset : offset + limit]:
+            with contextlib.suppress(NotFound):  # deleted since
+                views.append(self.view(name))
+        return StreamPage(views, len(names))
+
     def view(self, stream: str) -> StreamView:
         """A stream as it stands.
 
@@ -240,7 +233,8 @@ class Service:
             InvalidInput, NotFound: a bad name; no such stream.
         """
         check_stream(stream)
-        record = self.engine.record(stream)
+        record, reading = self.engine.streams.record(stream), self.engine.reading(stream)
+        forgetting, forgetting_error = record.forgetting or (None, None)
         return StreamView(
             stream=stream,
             mode=self.mode,
@@ -252,39 +246,88 @@ class Service:
             selected=record.selected,
             selected_share=record.selected / record.seen if record.seen else None,
             refused=record.refused,
+            trips=record.trips,
+            frozen=record.frozen,
+            gated=self.engine.gated(stream),
             entropy=record.entropy,
+            drift=reading.drift if reading and math.isfinite(reading.drift) else None,
+            flip_rate=reading.flip_rate if reading else None,
+            forgetting=forgetting,
+            forgetting_standard_error=forgetting_error,
             pending_rows=self._learner.pending_rows(stream) + self._stepping.get(stream, 0),
-            state_bytes=tree.nbytes(record.state),
+            versions=tuple(self.engine.streams.versions(stream)),
+            resident=record.row is not None,
+            state_bytes=self.engine.streams.bytes_of(stream),
         )
 
-    def reset(self, stream: str) -> StreamView:
-        """Begin a stream's life anew; rows that wait are dropped.
+    def history(self, stream: str) -> StreamHistory:
+        """What happened to a stream, and the versions that are kept of it.
 
         Raises:
             InvalidInput, NotFound: a bad name; no such stream.
         """
         check_stream(stream)
-        self.engine.reset(stream)
-        self._learner.forget(stream)
+        return history_of(stream, self.engine.streams.record(stream), self.engine.streams.versions(stream))
+
+    async def reset(self, stream: str) -> StreamView:
+        """Begin a stream's life anew; rows that wait are dropped, here and in the commands below.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+            Unavailable: the service is stopping.
+        """
+        await self._command(stream, self.engine.streams.reset)
         return self.view(stream)
 
-    def delete(self, stream: str) -> None:
+    async def freeze(self, stream: str) -> StreamView:
+        """Let a stream answer as it does now, and learn nothing until `resume`.
+
+        Raises:
+            InvalidInput, NotFound, Unavailable: see `reset`.
+        """
+        await self._command(stream, self.engine.streams.freeze)
+        return self.view(stream)
+
+    async def resume(self, stream: str) -> StreamView:
+        """Let a frozen stream learn again.
+
+        Raises:
+            InvalidInput, NotFound, Unavailable: see `reset`.
+        """
+        await self._command(stream, self.engine.streams.resume)
+        return self.view(stream)
+
+    async def rollback(self, stream: str, version: int) -> StreamView:
+        """Go back to the state of an earlier version, under a new version.
+
+        Raises:
+            InvalidInput: a bad name.
+            NotFound: no such stream, or the version is not kept.
+            Unavailable: the version cannot be read, or the service is stopping.
+        """
+        await self._command(stream, lambda stream: self.engine.streams.rollback(stream, version))
+        return self.view(stream)
+
+    async def delete(self, stream: str) -> None:
         """Forget a stream.
 
         Raises:
-            InvalidInput, NotFound: a bad name; no such stream.
+            InvalidInput, NotFound, Unavailable: see `reset`.
         """
+        await self._command(stream, self.engine.streams.delete)
+
+    async def _command(self, stream: str, command: Callable[[str], StreamRecord | None]) -> None:
         check_stream(stream)
-        self.engine.delete(stream)
+        await self.off_loop(lambda: command(stream))  # it may read or remove files
         self._learner.forget(stream)
 
     def metrics_text(self) -> str:
         """Prometheus text, gauges read now."""
-        names = self.engine.stream_names()
+        names = self.engine.streams.names()
         self.metrics.set("tta_waiting_rows", self._batcher.waiting_rows)
         self.metrics.set("tta_pending_rows", self._learner.pending_rows())
         self.metrics.set("tta_streams", len(names))
-        self.metrics.set("tta_state_bytes", self.engine.state_bytes())
+        self.metrics.set("tta_state_bytes", self.engine.streams.bytes())
         return self.metrics.text()
 
     async def _answer(self, batch: Sequence[_Asked]) -> Sequence[tuple[Answer, Lesson]]:
@@ -301,9 +344,14 @@ class Service:
     async def _after(self, batch: Sequence[_Asked], answers: Sequence[tuple[Answer, Lesson]]) -> None:
         if self.mode == "frozen":
             return
-        lessons = [lesson for asked, (_, lesson) in zip(batch, answers, strict=True) if asked.adapt]
-        if off := sum(len(asked.query.x) for asked in batch if not asked.adapt):
-            self._count_skipped(off, "off")
+        lessons = []
+        for asked, (_, lesson) in zip(batch, answers, strict=True):
+            if not asked.adapt:
+                self._count_skipped(lesson.rows, "off")
+            elif self._is_frozen(lesson.stream):
+                self._count_skipped(lesson.rows, "frozen")
+            else:
+                lessons.append(lesson)
         if self.mode == "async":
             for lesson in lessons:
                 self._learner.offer(lesson)
@@ -322,10 +370,19 @@ class Service:
             self._stepping = {}
         self._count_learned(learned, time.monotonic() - began_s)
 
+    def _is_frozen(self, stream: str) -> bool:
+        record = self.engine.streams.find(stream)
+        return record is not None and record.frozen  # of one deleted since, the engine says that it is stale
+
     def _count_learned(self, learned: Sequence[Learned], took_s: float) -> None:
         self.metrics.observe("tta_stage_seconds", took_s, stage="learn")
         for each in learned:
             self.metrics.count("tta_steps_total", result=each.result)
+            for guard in each.trips:
+                self.metrics.count("tta_guard_trips_total", guard=guard)
+            if each.result in ("stale", "frozen", "gated"):  # no step was taken
+                self._count_skipped(each.seen, each.result)
+                continue
             self.metrics.count("tta_learned_rows_total", each.seen)
             self.metrics.count("tta_selected_rows_total", each.selected)
             if each.result in ("applied", "filtered"):
@@ -341,15 +398,6 @@ class Service:
             if not self._running and "shutdown" in str(error):
                 raise Unavailable("the server is stopping") from None
             raise
-
-
-def check_stream(name: str) -> None:
-    """Raise unless `name` may name a stream."""
-    if not STREAM_PATTERN.fullmatch(name):
-        raise InvalidInput(
-            f"{name[:200]!r} cannot name a stream: 1 to 128 letters, digits, '.', '_', ':' or '-', "
-            "beginning with a letter or digit"
-        )
 
 
 def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

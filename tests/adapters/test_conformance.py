@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import adapters
-from adapters import EATA, Batch, EATAConfig, EATAPrior, Groups, KeepFinite, Network, Pipeline, Source, tree
+from adapters import EATA, Batch, EATAConfig, EATAPrior, Groups, Guarded, Network, Pipeline, Source, tree
 from adapters.checks import LAWS, check_adapter
 
 CLASSES = 4
@@ -41,13 +41,13 @@ KINDS = {
     "eata-evidence-sgd-none": Kind(
         lambda network: eata(network, statistics="evidence", optimizer="sgd", anchor="none")
     ),
-    "finite-eata-batch-adam": Kind(lambda network: KeepFinite(eata(network)), guarded=True),
-    "finite-eata-evidence-sgd": Kind(
-        lambda network: KeepFinite(eata(network, statistics="evidence", optimizer="sgd")), guarded=True
+    "guarded-eata-batch-adam": Kind(lambda network: Guarded(eata(network)), guarded=True),
+    "guarded-eata-evidence-sgd": Kind(
+        lambda network: Guarded(eata(network, statistics="evidence", optimizer="sgd")), guarded=True
     ),
-    "finite-source": Kind(lambda network: KeepFinite(Source(network)), learns=False, guarded=True),
+    "guarded-source": Kind(lambda network: Guarded(Source(network)), learns=False, guarded=True),
 }
-EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "finite-eata-batch-adam")
+EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "guarded-eata-batch-adam")
 WITH_STATISTICS = tuple(KINDS)
 CASES = [
     *(("batch_norm_2d", kind) for kind in WITH_STATISTICS),
@@ -102,7 +102,7 @@ def test_adapter_obeys(law: str, model: str, kind: str, build: Build, images: Im
 @pytest.mark.parametrize("rows", [16, 27])
 def test_all_laws_in_one_call_for_other_numbers_of_rows(rows: int, build: Build, images: Images) -> None:
     check_adapter(
-        lambda: pipeline(build, "batch_norm_2d", "finite-eata-evidence-sgd"), images(rows, start=2.0), guarded=True
+        lambda: pipeline(build, "batch_norm_2d", "guarded-eata-evidence-sgd"), images(rows, start=2.0), guarded=True
     )
 
 

@@ -20,7 +20,7 @@ from adapters import (
     EATAConfig,
     EATAPrior,
     Groups,
-    KeepFinite,
+    Guarded,
     Network,
     Output,
     Pipeline,
@@ -29,6 +29,7 @@ from adapters import (
     anchors,
     tree,
 )
+from adapters.eata import CLASS_MIX_MIN
 
 Build = Callable[..., nn.Module]
 Images = Callable[..., Tensor]
@@ -269,20 +270,20 @@ def eata(network: Network, classes: int = 4, **settings: Any) -> EATA:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("statistics", ["batch", "evidence"])
 def test_reset_restores_every_field(optimizer: str, statistics: str, build: Build, images: Images) -> None:
-    adapter = eata(Network(build("batch_norm_2d")), optimizer=optimizer, statistics=statistics)
+    adapter = eata(Network(build("batch_norm_2d")), optimizer=optimizer, statistics=statistics, class_mix_rate=0.2)
     start = {name: leaf.clone() for name, leaf in tree.leaves(adapter.init())}
     states = tree.stack([adapter.init()])
-    for number in range(3):
+    for number in (0, 1, 2, 2, 2):
         x = images(9, start=float(number)) + 1  # far enough from the source to contradict it
         states, report = adapter.adapt(states, one_stream(x), batch(x))
         assert report.applied.all()
     after = dict(tree.leaves(tree.row(states, 0)))
     never = {"optimizer.second"} if optimizer == "sgd" else set()
-    never |= set() if statistics == "evidence" else {"mean", "var", "images", "source_images"}
+    never |= set() if statistics == "evidence" else {"mean", "var", "images", "source_images", "class_mix"}
     assert {name for name in start if torch.equal(after[name], start[name])} == never  # all else has moved
     reset = dict(tree.leaves(adapter.init()))
     assert reset.keys() == start.keys()
-    assert len(start) == 12
+    assert len(start) == 13
     for name in start:
         assert torch.equal(reset[name], start[name]), name
 
@@ -472,11 +473,34 @@ def test_doubt_of_a_step_is_the_mean_over_its_large_requests_by_their_worth() ->
     found = pooled(adapter, start, EIGHT.repeat(3, 1), SAME).source_images.item()
     assert found == pytest.approx(16 / (1 + 16 * 1.05), abs=1e-5)
     # at τ = 2 eight rows are worth less than one image, and say as much: (2 (100 − 1/7)) / (16/7) − 2 = 85.375
-    found = pooled(evident(entropy_margin=-1.0, class_mix=2.0), start, SAME + torch.tensor([10.0, 20.0]))
+    wide = evident(entropy_margin=-1.0, class_mix=2.0)
+    found = pooled(wide, tree.stack([wide.init()]), SAME + torch.tensor([10.0, 20.0]))
     assert found.source_images.item() == pytest.approx(16 / 1367)
     # small ones beside them have no say, however many and wherever they lie
     for small in ([SAME[:7]], [SAME[:1]] * 30, [SAME[:7] + 1e3, SAME[:1] - 5]):
         assert pooled(adapter, start, EIGHT, *small).source_images.item() == pytest.approx(0.64)
+
+
+def test_class_mix_follows_what_requests_contradict_their_stream_by() -> None:
+    adapter = evident(entropy_margin=-1.0, class_mix=0.1, class_mix_rate=0.2)
+    first = pooled(adapter, tree.stack([adapter.init()]), SAME)
+    assert first.class_mix.item() == pytest.approx(0.1)  # there was no past to contradict
+    # alike: nothing is contradicted, and τ falls by a fifth each time, but not below its least
+    states = pooled(adapter, first, SAME)
+    assert states.class_mix.item() == pytest.approx(0.08)
+    for _ in range(20):
+        states = pooled(adapter, states, SAME)
+    assert states.class_mix.item() == pytest.approx(CLASS_MIX_MIN)
+    # a mean that lies so far off that B = 2 (d² − 1/7) / (16/7) = 0.05, ten times of which is above four times τ
+    apart = SAME + (0.05 * 8 / 7 + 1 / 7) ** 0.5 * torch.tensor([1.0, 2.0])
+    states = pooled(adapter, first, apart)
+    assert states.class_mix.item() == pytest.approx(0.8 * 0.1 + 0.2 * 0.4, abs=1e-4)
+    # another domain says nothing about it, nor do few rows
+    assert torch.equal(pooled(adapter, first, SAME + 100).class_mix, first.class_mix)
+    assert torch.equal(pooled(adapter, first, apart[:7]).class_mix, first.class_mix)
+    steady = evident(entropy_margin=-1.0, class_mix=0.1)  # unless told otherwise, τ is what it was set to
+    states = pooled(steady, tree.stack([steady.init()]), SAME)
+    assert torch.equal(pooled(steady, states, apart).class_mix, states.class_mix)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (7, 7, 2)], ids=str)
@@ -770,7 +794,7 @@ def test_neither_predict_nor_adapt_reads_a_tensor(
     config: dict[str, Any], sizes: tuple[int, ...], build: Build, images: Images, request: pytest.FixtureRequest
 ) -> None:
     network = Network(build("batch_norm_2d"))
-    pipeline = Pipeline(network, norm=KeepFinite(eata(network, **config)))
+    pipeline = Pipeline(network, norm=Guarded(eata(network, **config)))
     states = tree.stack([pipeline.init()] * 3)
     x, groups = images(9), Groups.of(sizes)
     rows = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -785,7 +809,7 @@ def test_neither_predict_nor_adapt_reads_a_tensor(
 def test_all_of_it_runs_where_there_are_no_values_at_all(config: dict[str, Any], build: Build, images: Images) -> None:
     """On the meta device a value cannot be read, not even from C++, and a tensor made elsewhere does not fit."""
     network = Network(build("batch_norm_2d").to("meta"))
-    pipeline = Pipeline(network, norm=KeepFinite(eata(network, **config)))
+    pipeline = Pipeline(network, norm=Guarded(eata(network, **config)))
     states = tree.stack([pipeline.init()] * 3)
     rows, groups = torch.zeros(9, dtype=torch.int64, device="meta"), Groups.of((8, 1), "meta")
     x, weights = images(9).to("meta"), torch.ones(9, device="meta")
@@ -803,7 +827,7 @@ def test_streams_share_the_models_tensors(build: Build, images: Images) -> None:
     states, _ = adapter.adapt(tree.stack([adapter.init()] * 2), one_stream(x), batch(x))
     after = {t.data_ptr() for t in (*network.model.parameters(), *network.model.buffers())}
     assert after == before
-    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
+    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 1 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
 
 
 @pytest.mark.parametrize("statistics", ["batch", "evidence"])

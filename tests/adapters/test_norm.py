@@ -173,7 +173,8 @@ def contradicted(
     image_means = x.flatten(2).mean(2) if x.dim() > 2 else x
     own_mean = torch.stack([part.mean(0) for part in image_means.split(list(groups.sizes))])
     known = (torch.tensor(mean).expand_as(own_mean), torch.tensor(var).expand_as(own_mean))
-    return _contradiction(own_mean, _own_statistics(x, groups, torch.zeros(x.shape[1]))[2], known, groups.sizes, tolerance, eps)
+    between = _own_statistics(x, groups, torch.zeros(x.shape[1]))[2]
+    return _contradiction(own_mean, between, known, groups.sizes, tolerance, eps)
 
 
 def test_variance_between_images_by_hand() -> None:

@@ -69,11 +69,12 @@ async def _serving(
     limits: Mapping[str, Any] | None = None,
     infer_token: str | None = None,
     admin_token: str | None = None,
+    tenants: Mapping[str, str] | None = None,
     **model: Any,
 ) -> AsyncIterator[Server]:
     settings = ModelSettings.model_validate({"name": "digits", "source": {"builtin": "digits"}, **model})
     checked = LimitSettings.model_validate(limits or {})
-    tokens = Tokens(infer=infer_token, admin=admin_token)
+    tokens = Tokens(infer=infer_token, admin=admin_token, tenants=tenants or {})
     service = build_service(settings, checked, models_on_node=1, replica="r1")
     app = model_app(ModelRoutes("digits", lambda: service, tokens), service)
     front = front_app({"digits": Local(service)}, tokens)
@@ -106,7 +107,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def serving() -> Serving:
-    """`async with serving(**settings of the model, limits=…, infer_token=…, admin_token=…) as server`."""
+    """`async with serving(**settings of the model, limits=…, infer_token=…, admin_token=…, tenants=…) as server`."""
     return _serving
 
 

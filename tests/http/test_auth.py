@@ -6,8 +6,17 @@ from payloads import as_binary, picture, tensor
 pytestmark = pytest.mark.anyio
 
 MODEL = "/v2/models/digits"
-PREDICTIONS = [("POST", "/infer"), ("POST", "/predict"), ("GET", "/streams"), ("GET", "/streams/cam")]
-ADMIN = [("POST", "/streams/cam/reset"), ("DELETE", "/streams/cam")]
+PREDICTIONS = [
+    ("POST", "/infer"),
+    ("POST", "/predict"),
+    ("GET", "/streams"),
+    ("GET", "/streams/cam"),
+    ("GET", "/streams/cam/history"),
+]
+ADMIN = [
+    *(("POST", f"/streams/cam/{command}") for command in ("freeze", "resume", "rollback", "reset")),
+    ("DELETE", "/streams/cam"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,7 @@ async def test_with_a_wrong_token(guarded, method, path, token):
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.json() == {"error": "the token is not valid here"}
-    assert "cam" in guarded.service.engine.stream_names()
+    assert "cam" in guarded.service.engine.streams.names()
 
 
 @pytest.mark.parametrize("authorization", ["Bearer reader", "bearer reader", "Bearer boss"])
@@ -55,14 +64,16 @@ async def test_either_token_predicts(guarded, held_out, authorization):
 async def test_the_token_for_predictions_does_not_administer(guarded, method, path):
     answer = await guarded.client.request(method, MODEL + path, headers={"authorization": "Bearer reader"})
     assert answer.status_code == 401
-    assert "cam" in guarded.service.engine.stream_names()
+    assert "cam" in guarded.service.engine.streams.names()
 
 
 async def test_the_admin_token_administers(guarded, held_out):
     boss = {"authorization": "Bearer boss"}
-    assert (await guarded.client.post(f"{MODEL}/streams/cam/reset", headers=boss)).status_code == 200
-    assert (await guarded.client.delete(f"{MODEL}/streams/cam", headers=boss)).status_code == 200
-    assert "cam" not in guarded.service.engine.stream_names()
+    for method, path in ADMIN:
+        body = {"json": {"version": 0}} if path.endswith("rollback") else {}
+        answer = await guarded.client.request(method, MODEL + path, headers=boss, **body)
+        assert answer.status_code == 200, (path, answer.text)
+    assert "cam" not in guarded.service.engine.streams.names()
     await guarded.client.post(f"{MODEL}/infer", **cam(held_out, "Bearer reader"))
 
 
@@ -71,13 +82,18 @@ async def test_health_and_documentation_are_open(guarded, path):
     assert (await guarded.client.get(path)).status_code == 200
 
 
-@pytest.mark.parametrize(("method", "path"), ADMIN)
-@pytest.mark.parametrize("authorization", [None, "Bearer None", "Bearer anything"])
-async def test_admin_routes_are_closed_without_an_admin_token(serving, held_out, method, path, authorization):
+@pytest.fixture(scope="module")
+async def without_admin(anyio_backend, serving, held_out):
     async with serving() as server:
         await server.client.post(f"{MODEL}/infer", **cam(held_out, "none"))
-        headers = {"authorization": authorization} if authorization else {}
-        answer = await server.client.request(method, MODEL + path, headers=headers)
-        assert answer.status_code == 403
-        assert "auth.admin_token_env" in answer.json()["error"]
-        assert server.service.engine.stream_names() == ["cam"]
+        yield server
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN)
+@pytest.mark.parametrize("authorization", [None, "Bearer None", "Bearer anything"])
+async def test_admin_routes_are_closed_without_an_admin_token(without_admin, method, path, authorization):
+    headers = {"authorization": authorization} if authorization else {}
+    answer = await without_admin.client.request(method, MODEL + path, headers=headers)
+    assert answer.status_code == 403
+    assert "auth.admin_token_env" in answer.json()["error"]
+    assert without_admin.service.engine.streams.names() == ["cam"]

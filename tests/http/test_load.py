@@ -95,9 +95,25 @@ async def test_too_many_streams(serving, held_out):
         assert int(refused.headers["retry-after"]) >= 1
         assert "there are 2 streams, the limit (streams.max)" in refused.json()["error"]
         assert "'c'" in refused.json()["error"]
-        assert server.service.engine.stream_names() == ["a", "b"]
+        assert server.service.engine.streams.names() == ["a", "b"]
         await server.client.delete(f"{MODEL}/streams/a", headers={"authorization": "Bearer boss"})
         assert (await server.client.post(INFER, **asked(held_out, "c"))).status_code == 200
+
+
+async def test_too_many_new_streams_in_a_minute(serving, held_out):
+    async with serving(streams={"new_per_minute": 2}, admin_token="boss") as server:
+        for stream in ("a", "b", "a"):
+            assert (await server.client.post(INFER, **asked(held_out, stream))).status_code == 200
+        refused = await server.client.post(INFER, **asked(held_out, "c"))
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 30  # there is room for one every 30 s
+        assert list(refused.json()) == ["error"]
+        assert "2 streams have begun within a minute, the limit (streams.new_per_minute)" in refused.json()["error"]
+        assert server.service.engine.streams.names() == ["a", "b"]
+        # an end makes no room for a beginning
+        await server.client.delete(f"{MODEL}/streams/a", headers={"authorization": "Bearer boss"})
+        assert (await server.client.post(INFER, **asked(held_out, "c"))).status_code == 429
+        assert (await server.client.post(INFER, **asked(held_out, "b"))).status_code == 200
 
 
 @pytest.mark.parametrize("when", ["while it waits", "in the forward"])
@@ -227,4 +243,4 @@ async def test_many_clients_of_many_streams_get_the_answers_that_they_would_get_
             for number in range(64):
                 tasks.start_soon(ask, number)
         assert right == [True] * 64
-        assert server.service.engine.stream_names() == ["s0", "s1", "s2", "s3", "s4"]
+        assert server.service.engine.streams.names() == ["s0", "s1", "s2", "s3", "s4"]

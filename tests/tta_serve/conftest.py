@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adapters import EATA, EATAConfig, KeepFinite, Network, Pipeline
+from adapters import EATA, EATAConfig, Guarded, Network, Pipeline
 from tta_serve import models
 from tta_serve.config import ModelSettings
 from tta_serve.models import LoadedModel
@@ -57,7 +57,7 @@ def pipeline() -> Callable[..., Pipeline]:
         network = Network(module or build_tiny())
         settings = {"anchor": "none", "entropy_margin": 10.0, "redundancy_margin": 2.0, "learning_rate": 0.01}
         eata = EATA(network, CLASSES, config=EATAConfig(**{**settings, "statistics": "evidence", **config}))
-        return Pipeline(network, norm=KeepFinite(eata))
+        return Pipeline(network, norm=Guarded(eata))
 
     return make
 

@@ -54,6 +54,8 @@ def test_a_short_file_has_good_defaults(write: Callable[[str], Path]) -> None:
     assert model.adapter.eata is not None
     assert model.adaptation.mode == "async"
     assert (model.replicas, model.device, model.threads) == (1, "auto", "auto")
+    assert model.streams.model_dump() == {"max": 10_000, "resident": 1024, "new_per_minute": 600}
+    assert settings.auth.tenants == {}
 
 
 def test_a_long_file_is_read_in_full(write: Callable[[str], Path], tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_a_long_file_is_read_in_full(write: Callable[[str], Path], tmp_path: Pat
     text = f"""
 http: {{host: 0.0.0.0, port: 9000}}
 limits: {{body_bytes: 1MB, image_pixels: 25e6, images_per_request: 8}}
-auth: {{infer_token_env: A, admin_token_env: B}}
+auth: {{infer_token_env: A, admin_token_env: B, tenants: {{acme: C, b.c_d-1: D}}}}
 models:
   - name: a.b_c-1
     source: torchvision/resnet18
@@ -75,7 +77,7 @@ models:
     adapter: {{eata: {{entropy_margin: 0.5, redundancy_margin: auto, anchor: l2, optimizer: sgd}}}}
     adaptation: {{mode: sync, budget: 1, step_rows: 4, step_wait_s: 2, queue_rows: 10}}
     batching: {{rows_max: 8, queue_rows: 16}}
-    streams: {{max: 5}}
+    streams: {{max: 5, resident: 1, new_per_minute: 1e3}}
 """
     settings = load(write(text))
     assert settings.http.port == 9000
@@ -94,8 +96,13 @@ models:
         "step_rows": 4,
         "step_wait_s": 2.0,
         "queue_rows": 10,
+        "gate": True,
+        "probe": None,
+        "forgetting_max": 0.02,
     }
-    assert (model.threads, model.batching.rows_max, model.streams.max) == (3, 8, 5)
+    assert (model.threads, model.batching.rows_max) == (3, 8)
+    assert model.streams.model_dump() == {"max": 5, "resident": 1, "new_per_minute": 1000}
+    assert settings.auth.tenants == {"acme": "C", "b.c_d-1": "D"}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +281,7 @@ def test_problems_of_the_whole_file(problems: Callable[[str], list[str]], text: 
         (f"{DIGITS}, input: {{size: [8, 0]}}", "input.size.1: Input should be greater than 0, not 0"),
         (f"{DIGITS}, input: {{size: [8, 8], std: [1, 0, 1]}}", "input: std must be above 0, not [1.0, 0.0, 1.0]"),
         (f"{DIGITS}, device: tpu", "device: String should match pattern '^(auto|cpu|cuda(:\\d+)?)$', not 'tpu'"),
-        (f"{DIGITS}, runtime: onnx", "runtime: Input should be 'eager', not 'onnx'"),
+        (f"{DIGITS}, runtime: onnx", "runtime: Input should be 'eager' or 'compile', not 'onnx'"),
         (f"{DIGITS}, threads: 0", "threads: Input should be greater than 0, not 0 (or auto)"),
         (
             f"{DIGITS}, threads: many",
@@ -350,7 +357,7 @@ def test_without_a_name_predictions_are_open_and_without_a_token_admin_is_closed
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("TTA_ADMIN_TOKEN", raising=False)
-    assert read_tokens(AuthSettings()).model_dump() == {"infer": None, "admin": None}
+    assert read_tokens(AuthSettings()).model_dump() == {"infer": None, "admin": None, "tenants": {}}
     monkeypatch.setenv("TTA_ADMIN_TOKEN", "")
     assert read_tokens(AuthSettings()).admin is None
     monkeypatch.setenv("TTA_ADMIN_TOKEN", "two")
@@ -364,3 +371,56 @@ def test_a_token_that_is_named_must_be_set(monkeypatch: pytest.MonkeyPatch, valu
         monkeypatch.setenv("MY_INFER", value)
     with pytest.raises(ConfigError, match=r"infer_token_env names MY_INFER, which is not set; set it or remove"):
         read_tokens(AuthSettings(infer_token_env="MY_INFER"))
+
+
+def test_tokens_of_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACME", "one")
+    monkeypatch.setenv("GLOBEX", "two")
+    monkeypatch.delenv("TTA_ADMIN_TOKEN", raising=False)
+    tokens = read_tokens(AuthSettings(tenants={"acme": "ACME", "globex": "GLOBEX"}))
+    assert tokens.tenants == {"acme": "one", "globex": "two"}
+    assert (tokens.infer, tokens.admin) == (None, None)
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_token_of_a_tenant_must_be_set(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("ACME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACME", value)
+    with pytest.raises(ConfigError) as caught:
+        read_tokens(AuthSettings(tenants={"acme": "ACME"}))
+    assert str(caught.value) == "auth.tenants.acme names ACME, which is not set; set it or remove the tenant"
+
+
+@pytest.mark.parametrize(
+    ("variables", "owner"),
+    [
+        ({"acme": "A", "globex": "A"}, "tenants.acme"),
+        ({"acme": "A", "globex": "B"}, "tenants.acme"),
+        ({"globex": "INFER"}, "infer_token_env"),
+        ({"globex": "ADMIN"}, "admin_token_env"),
+    ],
+)
+def test_no_two_may_have_the_same_token(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], owner: str) -> None:
+    for variable, token in {"A": "secret", "B": "secret", "INFER": "reader", "ADMIN": "boss"}.items():
+        monkeypatch.setenv(variable, token)
+    auth = AuthSettings(infer_token_env="INFER", admin_token_env="ADMIN", tenants=variables)
+    with pytest.raises(ConfigError) as caught:
+        read_tokens(auth)
+    assert str(caught.value) == f"auth.tenants.globex and auth.{owner} give the same token; each needs its own"
+
+
+@pytest.mark.parametrize("name", ["a:b", "-a", "", "a b", "é", "a" * 33])
+def test_bad_names_of_tenants(problems: Callable[[str], list[str]], name: str) -> None:
+    (problem,) = problems(f"auth:\n  tenants:\n    ok: A\n    {name!r}: B\nmodels: [{{name: m, {DIGITS}}}]")
+    assert problem == (
+        f"4: auth.tenants.{name}: {name!r} cannot name a tenant: 1 to 32 letters, digits, '.', '_' or '-', "
+        "beginning with a letter or digit"
+    )
+
+
+@pytest.mark.parametrize("key", ["max", "resident", "new_per_minute"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "null"])
+def test_a_number_of_streams_is_at_least_one(problems: Callable[[str], list[str]], key: str, value: str) -> None:
+    (problem,) = problems(f"models: [{{name: m, {DIGITS}, streams: {{{key}: {value}}}}}]")
+    assert problem.startswith(f"1: models.0.streams.{key}: Input should be ")

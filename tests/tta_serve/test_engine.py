@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapters import Pipeline, Source, tree
 from tta_serve.engine import Engine, Lesson, Query, to_unit
 from tta_serve.errors import NotFound, Overloaded
+from tta_serve.streams import StreamRecord
 
 CPU = torch.device("cpu")
 Rows = Callable[..., Tensor]
@@ -104,17 +105,18 @@ def test_bytes_and_floats_are_the_same_picture(engine: Make) -> None:
 def test_learning_publishes_one_version_and_counts(engine: Make, rows: Rows) -> None:
     mine = engine()
     ((_, first),) = mine.predict([Query(rows(3), "a")])
-    before = mine.record("a")
+    before = mine.streams.record("a")
     assert (before.version, before.seen, before.entropy) == (0, 0, None)
     assert (first.stream, first.incarnation, first.version) == ("a", before.incarnation, 0)
     (learned,) = mine.learn([first])
     assert (learned.stream, learned.seen, learned.selected, learned.result) == ("a", 3, 3, "applied")
-    after = mine.record("a")
-    assert after._replace(state=before.state) == before._replace(
-        version=1, steps=1, seen=3, reliable=3, selected=3, entropy=learned.entropy
+    after = mine.streams.record("a")
+    assert after == before._replace(
+        row=after.row, version=1, steps=1, seen=3, reliable=3, selected=3, entropy=learned.entropy
     )
+    assert (before.row, after.row) == (0, 1)
     assert 0 < learned.entropy < np.log(3)
-    assert not same(after.state, before.state)
+    assert not same(mine.streams.state("a"), mine.pipeline.init())
     assert not np.array_equal(logits(mine, rows(3), "a"), logits(mine, rows(3), "other"))
 
 
@@ -122,9 +124,9 @@ def test_lessons_of_one_stream_are_one_step(engine: Make, rows: Rows) -> None:
     one, other = engine(), engine()
     lessons = [lesson for _, lesson in one.predict([Query(rows(2), "a"), Query(rows(3, 2.0), "a")])]
     (learned,) = one.learn(lessons)
-    assert (learned.seen, one.record("a").version) == (5, 1)
+    assert (learned.seen, one.streams.record("a").version) == (5, 1)
     teach(other, torch.cat([rows(2), rows(3, 2.0)]), "a")
-    assert same(one.record("a").state, other.record("a").state)
+    assert same(one.streams.state("a"), other.streams.state("a"))
 
 
 def test_streams_learn_as_if_each_were_alone(engine: Make, rows: Rows) -> None:
@@ -134,7 +136,7 @@ def test_streams_learn_as_if_each_were_alone(engine: Make, rows: Rows) -> None:
     for stream in "ab":
         mine = [query for query in queries if query.stream == stream]
         alone.learn([lesson for _, lesson in alone.predict(mine)])
-        pairs = zip(tree.leaves(together.record(stream).state), tree.leaves(alone.record(stream).state), strict=True)
+        pairs = zip(tree.leaves(together.streams.state(stream)), tree.leaves(alone.streams.state(stream)), strict=True)
         for (name, a), (_, b) in pairs:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -142,7 +144,7 @@ def test_streams_learn_as_if_each_were_alone(engine: Make, rows: Rows) -> None:
 def test_rows_that_no_filter_lets_through_are_seen_and_no_more(engine: Make, rows: Rows) -> None:
     mine = engine(entropy_margin=1e-6)
     assert teach(mine, rows(4), "a") == "filtered"
-    record = mine.record("a")
+    record = mine.streams.record("a")
     assert (record.version, record.steps, record.seen, record.reliable, record.selected) == (1, 0, 4, 0, 0)
     assert record.entropy is not None
 
@@ -156,12 +158,13 @@ def test_reset_gives_the_first_state_bit_for_bit(engine: Make, rows: Rows) -> No
     fresh = logits(mine, rows(3), "a")
     for start in range(3):
         teach(mine, rows(8, start), "a")
-    old = mine.record("a")
-    new = mine.reset("a")
-    assert new == mine.record("a")
-    assert same(new.state, mine.pipeline.init())
+    old = mine.streams.record("a")
+    new = mine.streams.reset("a")
+    assert new == mine.streams.record("a")
+    assert same(mine.streams.state("a"), mine.pipeline.init())
     assert new.incarnation > old.incarnation
-    assert new[2:] == (0, 0, 0, 0, 0, 0, None)
+    assert new == StreamRecord(new.incarnation, events=new.events)
+    assert [event.what for event in new.events] == ["begun", "reset"]
     np.testing.assert_array_equal(logits(mine, rows(3), "a"), fresh)
 
 
@@ -170,26 +173,26 @@ def test_lessons_of_an_earlier_life_teach_nothing(engine: Make, rows: Rows, how:
     mine = engine()
     old, mate = (lesson for _, lesson in mine.predict([Query(rows(4), "a"), Query(rows(4), "b")]))
     if how == "reset":
-        mine.reset("a")
+        mine.streams.reset("a")
     else:
-        mine.delete("a")
+        mine.streams.delete("a")
     if how == "delete and begin again":
-        mine.open("a")
+        mine.streams.open("a")
     learned = {each.stream: each for each in mine.learn([old, mate])}
     assert (learned["a"].result, learned["a"].seen, learned["a"].selected) == ("stale", 4, 0)
     assert learned["b"].result == "applied"
     if how == "delete":
-        assert mine.stream_names() == ["b"]
+        assert mine.streams.names() == ["b"]
     else:
-        assert mine.record("a").version == 0
-        assert same(mine.record("a").state, mine.pipeline.init())
+        assert mine.streams.record("a").version == 0
+        assert same(mine.streams.state("a"), mine.pipeline.init())
 
 
 def test_only_stale_lessons(engine: Make, rows: Rows) -> None:
     mine = engine()
     (learned,) = mine.learn([Lesson(rows(2), "never seen", incarnation=1, version=0)])
     assert (learned.result, learned.seen) == ("stale", 2)
-    assert mine.stream_names() == []
+    assert mine.streams.names() == []
 
 
 @pytest.mark.parametrize("how", ["reset", "delete"])
@@ -198,7 +201,7 @@ def test_a_step_under_way_is_dropped_with_its_stream(engine: Make, rows: Rows, h
     adapt = mine.pipeline.adapt
 
     def interrupted(*args: Any) -> Any:
-        getattr(mine, how)("a")
+        getattr(mine.streams, how)("a")
         return adapt(*args)
 
     lessons = [lesson for _, lesson in mine.predict([Query(rows(4), "a"), Query(rows(4), "b")])]
@@ -206,8 +209,8 @@ def test_a_step_under_way_is_dropped_with_its_stream(engine: Make, rows: Rows, h
     results = {each.stream: each.result for each in mine.learn(lessons)}
     assert results == {"a": "stale", "b": "applied"}
     if how == "reset":
-        assert same(mine.record("a").state, mine.pipeline.init())
-    assert mine.stream_names() == (["b"] if how == "delete" else ["a", "b"])
+        assert same(mine.streams.state("a"), mine.pipeline.init())
+    assert mine.streams.names() == (["b"] if how == "delete" else ["a", "b"])
 
 
 def test_a_forward_keeps_the_state_that_it_began_with(engine: Make, rows: Rows) -> None:
@@ -217,7 +220,7 @@ def test_a_forward_keeps_the_state_that_it_began_with(engine: Make, rows: Rows) 
     predict = mine.pipeline.predict
 
     def interrupted(*args: Any) -> Any:
-        mine.reset("a")
+        mine.streams.reset("a")
         return predict(*args)
 
     mine.pipeline.predict = interrupted  # type: ignore[method-assign]
@@ -230,70 +233,71 @@ def test_a_forward_keeps_the_state_that_it_began_with(engine: Make, rows: Rows) 
 def test_so_many_streams_and_no_more(engine: Make, rows: Rows) -> None:
     mine = engine(streams_max=2)
     for stream in "ab":
-        mine.open(stream)
+        mine.streams.open(stream)
     with pytest.raises(Overloaded) as caught:
-        mine.open("c")
+        mine.streams.open("c")
     assert str(caught.value) == "there are 2 streams, the limit (streams.max); delete one before beginning 'c'"
     assert caught.value.retry_after_s > 0
     assert len(logits(mine, rows(1), "a")) == 1  # those that exist are served
-    mine.delete("b")
-    assert mine.open("c").version == 0
-    assert mine.stream_names() == ["a", "c"]
+    mine.streams.delete("b")
+    assert mine.streams.open("c").version == 0
+    assert mine.streams.names() == ["a", "c"]
 
 
 def test_streams_that_do_not_exist(engine: Make) -> None:
     mine = engine()
-    for call in (mine.record, mine.reset, mine.delete):
+    for call in (mine.streams.record, mine.streams.reset, mine.streams.delete):
         with pytest.raises(NotFound, match="there is no stream named 'x'; a stream begins with its first prediction"):
             call("x")
 
 
 def test_every_life_has_its_own_number(engine: Make) -> None:
     mine = engine()
-    seen = [mine.open("a").incarnation, mine.open("b").incarnation, mine.reset("a").incarnation]
-    mine.delete("b")
-    seen.append(mine.open("b").incarnation)
+    seen = [mine.streams.open("a").incarnation, mine.streams.open("b").incarnation, mine.streams.reset("a").incarnation]
+    mine.streams.delete("b")
+    seen.append(mine.streams.open("b").incarnation)
     assert len(set(seen)) == 4
-    assert mine.open("a") == mine.record("a")
+    assert mine.streams.open("a") == mine.streams.record("a")
 
 
-def test_an_update_that_is_not_finite_is_refused(engine: Make, rows: Rows) -> None:
+def test_an_update_that_is_not_finite_is_refused_and_the_stream_pulled_back(engine: Make, rows: Rows) -> None:
     mine = engine()
     teach(mine, rows(8), "a")
-    before = mine.record("a")
+    before, state, source = mine.streams.record("a"), mine.streams.state("a"), mine.pipeline.init().norm.inner.params
     poisoned = rows(8)
     poisoned[3, 0, 0, 0] = torch.nan
     good = mine.predict([Query(rows(8), "b")])[0][1]
     bad = Lesson(poisoned, "a", before.incarnation, before.version)
-    results = {each.stream: each.result for each in mine.learn([bad, good])}
-    assert results == {"a": "refused", "b": "applied"}
-    after = mine.record("a")
-    assert same(after.state, before.state)
-    assert (after.version, after.steps, after.refused, after.entropy) == (before.version, before.steps, 1, None)
+    learned = {each.stream: each for each in mine.learn([bad, good])}
+    assert (learned["a"].result, learned["a"].trips) == ("refused", ("non_finite",))
+    assert learned["b"].result == "applied"
+    after = mine.streams.record("a")
+    assert (after.version, after.steps, after.refused, after.trips, after.entropy) == (2, before.steps, 1, 1, None)
     assert after.seen == before.seen + 8
+    now, then = mine.streams.state("a").norm.inner, state.norm.inner
+    torch.testing.assert_close(now.params, (then.params + source) / 2)
+    assert torch.equal(now.mean, then.mean)
     assert teach(mine, rows(8), "a") == "applied"  # and goes on
 
 
-def test_an_entropy_that_is_not_finite_is_not_shown(engine: Make, rows: Rows) -> None:
-    """With each request's own statistics a NaN row spoils its mates' answers, and no parameter."""
+def test_with_the_requests_own_statistics_a_row_that_is_not_finite_spoils_its_mates(engine: Make, rows: Rows) -> None:
     mine = engine(statistics="batch")
-    assert teach(mine, torch.full((4, 3, 4, 4), torch.nan), "a") == "filtered"
-    record = mine.record("a")
+    assert teach(mine, torch.full((4, 3, 4, 4), torch.nan), "a") == "refused"
+    record = mine.streams.record("a")
     assert (record.entropy, record.seen, record.selected) == (None, 4, 0)
     assert np.isfinite(logits(mine, rows(4), "a")).all()
 
 
-def test_bytes_of_states_that_are_shared_count_once(engine: Make, rows: Rows) -> None:
+def test_bytes_are_those_of_streams_that_have_learned(engine: Make, rows: Rows) -> None:
     mine = engine()
-    assert mine.state_bytes() == 0
     for stream in "abc":
-        mine.open(stream)
-    one = tree.nbytes(mine.pipeline.init())
-    assert mine.state_bytes() == one
+        mine.streams.open(stream)
+    assert mine.streams.bytes() == mine.streams.bytes_of("a") == 0  # they share init()
     teach(mine, rows(4), "a")
-    assert mine.state_bytes() == 2 * one
-    mine.delete("a")
-    assert mine.state_bytes() == one
+    one = tree.nbytes(mine.pipeline.init()) + 8  # beside the moments lies their number of steps
+    assert mine.streams.bytes() == mine.streams.bytes_of("a") == one
+    mine.streams.delete("a")
+    assert mine.streams.bytes() == 0
 
 
 def test_threads_are_set_for_the_processor(engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,9 +306,18 @@ def test_threads_are_set_for_the_processor(engine: Make, monkeypatch: pytest.Mon
     mine = engine()
     mine.threads = 3
     mine.prepare_thread()
+    assert asked == [3]
+
+
+def test_on_a_gpu_the_learner_has_a_stream_of_lower_priority(engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
+    monkeypatch.setattr(torch.cuda, "set_stream", chosen.append)
+    mine = engine()
     mine.device = torch.device("cuda")
     mine.prepare_thread()
-    assert asked == [3]
+    mine.prepare_thread(learns=True)
+    assert chosen == [(mine.device, -1), (mine.device, 0)]  # lower numbers go first
 
 
 def test_the_frozen_model_as_an_adapter(pipeline: Callable[..., Pipeline], rows: Rows) -> None:
@@ -314,9 +327,9 @@ def test_the_frozen_model_as_an_adapter(pipeline: Callable[..., Pipeline], rows:
     assert first.logits is not None
     assert second.logits is not None
     np.testing.assert_allclose(first.logits, first.frozen_logits, atol=1e-6)
-    assert mine.state_bytes() == 0
+    assert mine.streams.bytes() == 0
     mine.learn([lesson])
-    assert mine.record("a").steps == mine.record("a").seen == 0
+    assert mine.streams.record("a").steps == mine.streams.record("a").seen == 0
 
 
 def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, rows: Rows) -> None:
@@ -324,8 +337,8 @@ def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, 
     mine = engine()
     steps, x = 40, rows(3)
     lessons = [rows(8, start) for start in range(steps)]
-    mine.open("a")
-    mine.open("b")
+    mine.streams.open("a")
+    mine.streams.open("b")
     answers: list[tuple[int, np.ndarray]] = []
     failures: list[BaseException] = []
     done = threading.Event()
@@ -340,12 +353,12 @@ def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, 
 
     def learn() -> None:
         for lesson in lessons:
-            a, b = mine.record("a"), mine.record("b")
+            a, b = mine.streams.record("a"), mine.streams.record("b")
             mine.learn([Lesson(lesson, "a", a.incarnation, a.version), Lesson(lesson, "b", b.incarnation, b.version)])
 
     def reset() -> None:
         while not done.wait(0.001):  # a loop without a rest would hold the interpreter's lock
-            mine.reset("b")
+            mine.streams.reset("b")
 
     def guarded(call: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -364,7 +377,7 @@ def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, 
     for thread in others:
         thread.join()
     assert failures == []
-    record = mine.record("a")
+    record = mine.streams.record("a")
     assert (record.version, record.steps, record.seen) == (steps, steps, 8 * steps)
     versions = [version for version, _ in answers]
     assert versions == sorted(versions)

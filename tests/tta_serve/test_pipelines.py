@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters import EATA, Groups, KeepFinite, Network, Pipeline, Source, tree
+from adapters import EATA, Groups, Guarded, Network, Pipeline, Source, tree
 from adapters.anchors import fisher_diagonal
 from tta_serve import pipelines
 from tta_serve.builtin import digits
@@ -42,7 +42,7 @@ def images() -> np.ndarray:
 
 
 def eata_of(pipeline: Pipeline) -> EATA:
-    assert isinstance(pipeline.norm, KeepFinite)
+    assert isinstance(pipeline.norm, Guarded)
     assert isinstance(pipeline.norm.adapter, EATA)
     return pipeline.norm.adapter
 
@@ -68,7 +68,7 @@ def test_a_prior_from_images_is_the_fisher_diagonal(
 
 def test_no_more_images_than_the_paper_takes(images: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "prior.npz", images=np.tile(images, (9, 1, 1, 1)))
-    assert len(pipelines._read_images(tmp_path / "prior.npz", SPEC)) == 2000
+    assert len(pipelines.read_images(tmp_path / "prior.npz", SPEC, "prior")) == 2000
 
 
 def test_images_of_another_size_are_resized(

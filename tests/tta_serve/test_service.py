@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unava
 from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
 from tta_serve.models import InputSpec
-from tta_serve.service import Limits, Service, check_stream, probabilities
+from tta_serve.service import Limits, Service, probabilities
+from tta_serve.views import check_stream
+from tta_serve.watch import Reading
 
 SPEC = InputSpec(4, 4, None)
 WAIT_S = 20.0  # for what happens at once, unless it never does
@@ -37,10 +41,11 @@ def service(pipeline: Callable[..., Pipeline]) -> Make:
         step_rows: int = 2,
         images_per_request: int = 8,
         queue_rows: int = 100,
+        resident: int = 10,
     ) -> Service:
         statistics = "batch" if mode == "sync" else "evidence"
         return Service(
-            Engine(pipeline(module, statistics=statistics), torch.device("cpu"), streams_max),
+            Engine(pipeline(module, statistics=statistics), torch.device("cpu"), streams_max, resident=resident),
             SPEC,
             ("a", "b", "c"),
             Metrics("m", "r"),
@@ -84,6 +89,13 @@ def value(service: Service, name: str, **labels: str) -> float:
             if sample.name == name and sample.labels == {"model": "m", "replica": "r", **labels}:
                 return sample.value
     return 0.0
+
+
+def commands(service: Service) -> list[Callable[[str], Awaitable[Any]]]:
+    def rollback(stream: str) -> Awaitable[Any]:
+        return service.rollback(stream, 0)
+
+    return [service.reset, service.freeze, service.resume, rollback, service.delete]
 
 
 class Watched:
@@ -182,16 +194,19 @@ def test_bad_names_of_streams(service: Make, name: str) -> None:
     mine = service()
     with pytest.raises(InvalidInput, match="cannot name a stream: 1 to 128 letters"):
         check_stream(name)
-    for call in (mine.view, mine.reset, mine.delete):
+    for look in (mine.view, mine.history):
         with pytest.raises(InvalidInput, match="cannot name a stream"):
-            call(name)
+            look(name)
 
     async def test() -> None:
         with pytest.raises(InvalidInput, match="cannot name a stream"):
             await mine.predict(torch.zeros(1, 3, 4, 4), name)
+        for command in commands(mine):
+            with pytest.raises(InvalidInput, match="cannot name a stream"):
+                await command(name)
 
     asyncio.run(test())
-    assert mine.engine.stream_names() == []
+    assert mine.engine.streams.names() == []
 
 
 def test_a_long_bad_name_is_not_repeated_in_full() -> None:
@@ -288,7 +303,7 @@ def test_sync_answers_then_learns_then_takes_the_next_request(service: Make, row
 
     play(mine, test)
     assert watched.order == ["predict a", "learn a", "predict a", "learn a"]
-    record = mine.engine.record("a")
+    record = mine.engine.streams.record("a")
     assert (record.version, record.steps, record.seen) == (2, 2, 8)
     assert value(mine, "tta_steps_total", result="applied") == 2
     assert value(mine, "tta_learned_rows_total") == 8
@@ -354,7 +369,7 @@ def test_without_adapting_nothing_is_learned_and_that_is_counted(service: Make, 
 
     play(mine, test)
     assert watched.order == ["predict a"] * 3
-    assert mine.engine.record("a").version == 0
+    assert mine.engine.streams.record("a").version == 0
     assert value(mine, "tta_skipped_rows_total", reason="off") == 12
 
 
@@ -420,7 +435,7 @@ def test_a_stream_is_shown_as_it_stands(service: Make, rows: Rows) -> None:
             None,
             None,
         )
-        assert new.state_bytes > 0
+        assert new.state_bytes == 0  # it shares `init()` still
         await mine.predict(rows(4), "a")
         await mine.predict(rows(1), "b", adapt=False)  # comes after the step
         view = mine.view("a")
@@ -428,7 +443,7 @@ def test_a_stream_is_shown_as_it_stands(service: Make, rows: Rows) -> None:
         assert (view.selected_share, view.refused, view.pending_rows) == (1.0, 0, 0)
         assert view.entropy is not None
         assert value(mine, "tta_streams") == 2
-        assert value(mine, "tta_state_bytes") == 2 * view.state_bytes
+        assert value(mine, "tta_state_bytes") == view.state_bytes  # the other stream has learned nothing
 
     play(mine, test)
 
@@ -441,17 +456,202 @@ def test_reset_and_delete_drop_what_waits(service: Make, rows: Rows) -> None:
             await mine.predict(rows(4), stream)
         await until(lambda: value(mine, "tta_pending_rows") == 8)
         before = mine.view("a")
-        after = mine.reset("a")
+        after = await mine.reset("a")
         assert (after.version, after.pending_rows) == (0, 0)
         assert after.incarnation > before.incarnation
-        mine.delete("b")
+        await mine.delete("b")
         assert value(mine, "tta_pending_rows") == 0
-        for call in (mine.view, mine.reset, mine.delete):
+        for look in (mine.view, mine.history):
             with pytest.raises(NotFound):
-                call("b")
+                look("b")
+        for command in commands(mine):
+            with pytest.raises(NotFound, match="no stream named 'b'"):
+                await command("b")
 
     play(mine, test)
     assert value(mine, "tta_skipped_rows_total", reason="forgotten") == 8
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_frozen_stream_answers_and_learns_nothing_until_it_is_resumed(service: Make, rows: Rows, mode: str) -> None:
+    mine = service(mode, step_rows=4)
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a")
+        await mine.predict(rows(1), "b", adapt=False)  # in sync mode it comes after the step
+        await until(lambda: mine.view("a").version == 1)
+        before = await mine.predict(rows(4, 1.0), "a", adapt=False)
+        assert (await mine.freeze("a")).frozen
+        for _ in range(3):
+            answer = await mine.predict(rows(4, 1.0), "a")
+            assert answer.version == 1
+            np.testing.assert_array_equal(answer.logits, before.logits)
+        assert (mine.view("a").pending_rows, mine.view("a").seen) == (0, 4)
+        await mine.predict(rows(4), "b")  # others go on
+        await mine.predict(rows(1), "c", adapt=False)
+        await until(lambda: mine.view("b").version == 1)
+        assert not (await mine.resume("a")).frozen
+        await mine.predict(rows(4), "a")
+        await mine.predict(rows(1), "c", adapt=False)
+        await until(lambda: mine.view("a").version == 2)
+
+    play(mine, test)
+    assert value(mine, "tta_skipped_rows_total", reason="frozen") == 12
+    assert value(mine, "tta_learned_rows_total") == 12
+
+
+def test_freezing_drops_what_waits(service: Make, rows: Rows) -> None:
+    mine = service("async", step_rows=100)
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a")
+        await until(lambda: mine.view("a").pending_rows == 4)
+        assert (await mine.freeze("a")).pending_rows == 0
+
+    play(mine, test)
+    assert value(mine, "tta_skipped_rows_total", reason="forgotten") == 4
+
+
+def test_a_rollback_answers_as_it_did_and_drops_what_waits(service: Make, rows: Rows) -> None:
+    mine = service("async", step_rows=4)
+
+    async def test() -> None:
+        first = await mine.predict(rows(2), "a", adapt=False)
+        await mine.predict(rows(4), "a")
+        await until(lambda: mine.view("a").version == 1)
+        learned = await mine.predict(rows(2), "a", adapt=False)
+        assert np.abs(learned.logits - first.logits).max() > 1e-4
+        await mine.predict(rows(2), "a")  # too few: they wait
+        await until(lambda: mine.view("a").pending_rows == 2)
+        before = mine.view("a")
+        after = await mine.rollback("a", 0)
+        assert (after.version, after.pending_rows) == (2, 0)
+        assert after.incarnation > before.incarnation
+        again = await mine.predict(rows(2), "a", adapt=False)
+        assert again.version == 2
+        np.testing.assert_array_equal(again.logits, first.logits)
+        with pytest.raises(NotFound, match=r"the version 1 of stream 'a' is not kept; there are 0$"):
+            await mine.rollback("a", 1)
+
+    play(mine, test)
+    assert value(mine, "tta_skipped_rows_total", reason="forgotten") == 2
+
+
+def test_a_history_tells_what_happened(service: Make, rows: Rows) -> None:
+    mine = service("sync")
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a")
+        await mine.predict(rows(1), "b", adapt=False)
+        await mine.freeze("a")
+        await mine.freeze("a")  # it is already
+        await mine.resume("a")
+        await mine.rollback("a", 0)
+        history = mine.history("a")
+        assert (history.stream, history.version, history.versions) == ("a", 2, (0,))
+        assert [(event.version, event.what) for event in history.events] == [
+            (0, "begun"),
+            (1, "frozen: by hand"),
+            (1, "resumed"),
+            (2, "rolled back to 0: by hand"),
+        ]
+        times = [datetime.fromisoformat(event.at) for event in history.events]
+        assert times == sorted(times)
+        assert all(event.at.endswith("Z") for event in history.events)
+
+    play(mine, test)
+
+
+def test_streams_are_shown_by_page_and_prefix(service: Make, rows: Rows) -> None:
+    mine = service("frozen")
+
+    async def test() -> None:
+        for name in ("b", "x:2", "a", "x:1", "y:1", "x"):
+            await mine.predict(rows(1), name)
+
+        def listed(*args: Any, **more: Any) -> tuple[list[str], int]:
+            views, total = mine.streams(*args, **more)
+            return [view.stream for view in views], total
+
+        assert listed(10) == (["a", "b", "x", "x:1", "x:2", "y:1"], 6)
+        assert listed(2, 1) == (["b", "x"], 6)
+        assert listed(2, 6) == ([], 6)
+        assert listed(1, 1, "x:") == (["x:2"], 2)
+        assert listed(10, without=("x:", "y:")) == (["a", "b", "x"], 3)
+        assert listed(10, 0, "z") == ([], 0)
+
+    play(mine, test)
+
+
+def test_who_is_not_in_memory_is_shown_so(service: Make, rows: Rows) -> None:
+    mine = service("sync", resident=1)
+
+    async def test() -> None:
+        for name in "ab":
+            await mine.predict(rows(4), name)
+        await mine.predict(rows(1), "c", adapt=False)
+        shown = {name: (mine.view(name).resident, mine.view(name).state_bytes > 0) for name in "abc"}
+        assert shown == {"a": (False, False), "b": (True, True), "c": (True, False)}  # c is `init()` still
+        assert (await mine.predict(rows(1), "a", adapt=False)).version == 1
+        assert (mine.view("a").resident, mine.view("b").resident) == (True, False)
+
+    play(mine, test)
+
+
+def test_the_last_check_is_shown(service: Make, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = service("sync")
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a", adapt=False)
+        new = mine.view("a")
+        assert (new.drift, new.flip_rate, new.forgetting, new.gated) == (None, None, None, False)
+        monkeypatch.setattr(mine.engine, "reading", lambda _: Reading(1.5, 0.25, 0.125, 0.5))
+        monkeypatch.setattr(mine.engine, "gated", lambda _: True)
+        record = mine.engine.streams.record("a")
+        mine.engine.streams.note("a", record.incarnation, lambda record: record._replace(forgetting=(0.01, 0.002)))
+        seen = mine.view("a")
+        assert (seen.drift, seen.flip_rate, seen.gated) == (1.5, 0.25, True)
+        assert (seen.forgetting, seen.forgetting_standard_error) == (0.01, 0.002)
+        monkeypatch.setattr(mine.engine, "reading", lambda _: Reading(math.nan, 0.25, 0.125, 0.5))
+        assert mine.view("a").drift is None  # no source images are known
+
+    play(mine, test)
+
+
+@pytest.mark.parametrize("result", ["stale", "frozen", "gated"])
+def test_rows_without_a_step_count_as_skipped(service: Make, rows: Rows, result: Any) -> None:
+    mine = service("sync")
+
+    def learn(lessons: Sequence[Lesson]) -> list[Learned]:
+        return [Learned(lesson.stream, lesson.rows, 0, math.nan, result) for lesson in lessons]
+
+    mine.engine.learn = learn  # type: ignore[method-assign]
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a")
+
+    play(mine, test)
+    assert value(mine, "tta_skipped_rows_total", reason=result) == 4
+    assert value(mine, "tta_steps_total", result=result) == 1
+    assert value(mine, "tta_learned_rows_total") == 0
+
+
+def test_trips_of_guards_are_counted(service: Make, rows: Rows) -> None:
+    mine = service("sync")
+
+    def learn(lessons: Sequence[Lesson]) -> list[Learned]:
+        return [Learned("a", 4, 2, 0.5, "applied", ("collapse", "entropy_floor"))]
+
+    mine.engine.learn = learn  # type: ignore[method-assign]
+
+    async def test() -> None:
+        await mine.predict(rows(4), "a")
+        await mine.predict(rows(4), "a")
+
+    play(mine, test)
+    assert value(mine, "tta_guard_trips_total", guard="collapse") == 2
+    assert value(mine, "tta_guard_trips_total", guard="entropy_floor") == 2
+    assert value(mine, "tta_learned_rows_total") == 8
 
 
 def test_one_stream_too_many_is_refused_alone(service: Make, rows: Rows) -> None:
@@ -503,7 +703,7 @@ def test_numbers_that_are_not_finite_are_never_answered(
     play(mine, test)
     view = mine.view("a")
     assert (view.steps, view.entropy) == (0, None)
-    assert torch.equal(mine.engine.record("a").state.norm.params, mine.engine.pipeline.init().norm.params)
+    assert torch.equal(mine.engine.streams.state("a").norm.inner.params, mine.engine.pipeline.init().norm.inner.params)
 
 
 def test_a_failing_forward_reaches_its_callers_only(service: Make, rows: Rows) -> None:

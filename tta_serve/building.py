@@ -1,0 +1,127 @@
+"""From settings to an engine: the model, its adapters, and what looks at its streams."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters import Pipeline
+from adapters.drift import Drift, drift_prior
+from adapters.forgetting import Forgetting, Probe, unlabelled_probe
+from tta_serve import models, pipelines
+from tta_serve.config import ModelSettings
+from tta_serve.engine import Engine, cores, pick_device, plan_threads
+from tta_serve.errors import ConfigError
+from tta_serve.models import LoadedModel
+from tta_serve.monitor import Monitor
+from tta_serve.runtime import build_runtime
+from tta_serve.snapshots import Folder
+
+DRIFT_IMAGES = 512  # of the source; their moments are all in memory for a moment
+PROBE_IMAGES = 256  # forgetting is measured while the server learns, and its budget pays
+BATCH = 64
+
+
+def build_engine(
+    settings: ModelSettings, models_on_node: int = 1, folder: Path | None = None
+) -> tuple[Engine, LoadedModel]:
+    """Load the model and make ready to serve it.
+
+    Args:
+        settings: of the model.
+        models_on_node: how many models share the cores.
+        folder: where states are written out; None: they are kept in memory.
+
+    Raises:
+        ConfigError: the model, its adapter, its device, its prior or its probe cannot be had.
+    """
+    device = pick_device(settings.device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())  # nothing is served yet: loading and the Fisher diagonal may have them all
+    try:
+        model = models.load(settings)
+        pipeline = pipelines.build(settings, model, device)
+        monitor = build_monitor(settings, model, pipeline)
+    finally:
+        torch.set_num_threads(before)
+    threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
+    runtime = build_runtime(settings.runtime, pipeline.network, model.input.shape, settings.batching.rows_max, threads)
+    if folder is not None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = Engine(
+        pipeline,
+        device,
+        settings.streams.max,
+        threads,
+        resident=settings.streams.resident,
+        new_per_minute=settings.streams.new_per_minute,
+        snapshots=None if folder is None else Folder(folder),
+        monitor=monitor,
+        batch_streams_max=settings.batching.rows_max,
+        runtime=runtime,
+    )
+    try:
+        engine.warm(model.input.shape)
+    except Exception as error:
+        raise ConfigError(
+            f"models.{settings.name}: the model loads, but a trial of predicting and adapting fails: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return engine, model
+
+
+def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipeline) -> Monitor | None:
+    """What looks at the streams; None where nothing is learned, or where the papers' protocol is followed.
+
+    Raises:
+        ConfigError: the prior's or the probe's images cannot be had.
+    """
+    adaptation = settings.adaptation
+    if settings.adapter.eata is None or adaptation.mode == "sync":
+        return None
+    network = pipeline.network
+    source = _source_images(model)
+    drift = None
+    if source is not None:
+        batches = (part.to(network.scale.device).float() / 255 for part in torch.split(source[:DRIFT_IMAGES], BATCH))
+        drift = Drift(network, drift_prior(network, batches))
+    forgetting = None
+    if model.probe is not None:
+        forgetting = Forgetting(network, _probe(model.probe, model, pipeline), batch_rows=BATCH)
+    return Monitor(pipeline, drift, forgetting, adaptation.forgetting_max, gate=adaptation.gate)
+
+
+def _source_images(model: LoadedModel) -> Tensor | None:
+    """Images of the source, uint8 [N, 3, H, W]: the prior's, or else the probe's."""
+    for what, path in (("prior", model.prior), ("probe", model.probe)):
+        if path is not None and path.suffix == ".npz":
+            return _spread(pipelines.read_images(path, model.input, what), DRIFT_IMAGES)
+    return None
+
+
+def _probe(path: Path, model: LoadedModel, pipeline: Pipeline) -> Probe:
+    images = pipelines.read_images(path, model.input, "probe")
+    x = _spread(images, PROBE_IMAGES).to(pipeline.network.scale.device).float() / 255
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        labels = archive.get("labels")
+    if labels is None:
+        return unlabelled_probe(pipeline.network, x, BATCH)
+    if (
+        labels.ndim != 1
+        or labels.dtype.kind not in "iu"
+        or len(labels) < len(images)
+        or labels.max() >= len(model.labels)
+    ):
+        raise ConfigError(
+            f"probe: `labels` of {path} is {labels.dtype} {list(labels.shape)} up to {labels.max()}; it must hold one "
+            f"class number, 0 … {len(model.labels) - 1}, for each image"
+        )
+    chosen = _spread(torch.from_numpy(labels[: len(images)].astype(np.int64)), PROBE_IMAGES)
+    return Probe(x, chosen.to(x.device))
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, from all over: files may be sorted by class."""
+    return rows[:: math.ceil(len(rows) / count)] if len(rows) > count else rows

@@ -1,0 +1,100 @@
+"""What the headers of a prediction ask for, and its answer in the words of the wire."""
+
+import reprlib
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import Request
+
+from tta_serve import errors
+from tta_serve.engine import AnswerKind
+from tta_serve.service import Prediction, probabilities
+from tta_serve.views import DEFAULT_STREAM
+
+TOP = 5  # classes listed for each image by `predict`
+
+
+class Options(NamedTuple):
+    """What the headers of a prediction say."""
+
+    stream: str
+    adapt: bool
+    answer: AnswerKind
+
+
+def read_options(request: Request, parameter_stream: object = None) -> Options:
+    """Read `x-session-id`, `x-adapt` and `x-answer`.
+
+    Args:
+        request: the request.
+        parameter_stream: the parameter `stream`, of the JSON or the query.
+
+    Raises:
+        InvalidInput: an unknown value, or a stream named twice and differently.
+    """
+    if parameter_stream is not None and not isinstance(parameter_stream, str):
+        raise errors.InvalidInput(f"the parameter stream is {reprlib.repr(parameter_stream)}, not text")
+    header_stream = request.headers.get("x-session-id")
+    if header_stream is not None and parameter_stream is not None and header_stream != parameter_stream:
+        raise errors.InvalidInput(
+            f"the header x-session-id names the stream {header_stream!r}, "
+            f"the parameter stream {parameter_stream!r}; give one"
+        )
+    adapt = request.headers.get("x-adapt", "on")
+    answer = request.headers.get("x-answer", "adapted")
+    if adapt not in ("on", "off"):
+        raise errors.InvalidInput(f"x-adapt is {adapt!r}; it can be on or off")
+    if answer not in ("adapted", "frozen", "both"):
+        raise errors.InvalidInput(f"x-answer is {answer!r}; it can be adapted, frozen or both")
+    named = header_stream if header_stream is not None else parameter_stream
+    return Options(DEFAULT_STREAM if named is None else named, adapt == "on", cast(AnswerKind, answer))
+
+
+def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[str, ...]:
+    """The outputs to give: those asked for, or labels and probabilities.
+
+    Raises:
+        InvalidInput: there is no such output with this `x-answer`.
+    """
+    prefixes = {"adapted": ("",), "frozen": ("frozen_",), "both": ("", "frozen_")}[answer]
+    if asked is None:
+        return tuple(prefix + name for prefix in prefixes for name in ("labels", "probabilities"))
+    known = [prefix + name for prefix in prefixes for name in ("labels", "probabilities", "logits")]
+    for name in asked:
+        if name not in known:
+            raise errors.InvalidInput(
+                f"there is no output named {name!r} with x-answer {answer}; there are {', '.join(known)}"
+            )
+    return asked
+
+
+def outputs_of(prediction: Prediction, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    outputs: dict[str, NDArray[Any]] = {}
+    for full_name in wanted:
+        name = full_name.removeprefix("frozen_")
+        logits = prediction.frozen_logits if full_name.startswith("frozen_") else prediction.logits
+        assert logits is not None  # check_outputs
+        if name == "labels":
+            outputs[full_name] = logits.argmax(axis=1).astype(np.int64)
+        else:
+            outputs[full_name] = probabilities(logits) if name == "probabilities" else logits
+    return outputs
+
+
+def ranked(logits: NDArray[np.float32], labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """For each image the best label with its score, and the best few."""
+    images = []
+    for probs in probabilities(logits):
+        best = np.argsort(-probs, kind="stable")[:TOP]
+        scores = [{"label": labels[i], "index": int(i), "score": round(float(probs[i]), 6)} for i in best]
+        images.append({**scores[0], "scores": scores})
+    return images
+
+
+def state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
+    return {"stream": options.stream, "state_version": str(prediction.version), "adapted": prediction.adapted}
+
+
+def headers_of(prediction: Prediction) -> dict[str, str]:
+    return {"x-state-version": str(prediction.version), "x-adapted": "true" if prediction.adapted else "false"}

@@ -1,0 +1,123 @@
+"""Routes of one model's streams: to look at them, for all who may predict; to command them, with the admin token."""
+
+import reprlib
+from collections.abc import Awaitable, Callable
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from tta_serve import errors
+from tta_serve.access import may_administer, may_predict
+from tta_serve.config import Tokens
+from tta_serve.service import Service
+from tta_serve.views import StreamView
+
+STREAMS_PAGE_MAX = 1000
+OFFSET_MAX = 2**31
+
+
+class RollbackRequest(BaseModel):
+    """The body of a rollback."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int = Field(ge=0, lt=2**63, description="One of the stream's `versions`.")
+
+
+class StreamRoutes:
+    """The routes below `/streams`.
+
+    Args:
+        service: called at each request, so that the routes can be documented without one.
+        tokens: who may do what.
+    """
+
+    def __init__(self, service: Callable[[], Service], tokens: Tokens) -> None:
+        self.service = service
+        self.tokens = tokens
+
+    async def page(self, request: Request) -> JSONResponse:
+        """The streams by name, a page at a time."""
+        reach = may_predict(self.tokens, _authorization(request))
+        limit = _read_count(request, "limit", default=100, least=1, most=STREAMS_PAGE_MAX)
+        offset = _read_count(request, "offset", default=0, least=0, most=OFFSET_MAX)
+        views, total = self.service().streams(limit, offset, reach.prefix, without=reach.without)
+        shown = [view._replace(stream=reach.shown(view.stream))._asdict() for view in views]
+        return JSONResponse({"streams": shown, "total": total})
+
+    async def view(self, request: Request) -> JSONResponse:
+        """One stream: version, steps, rows seen and selected, entropy, guards, bytes."""
+        reach = may_predict(self.tokens, _authorization(request))
+        view = self.service().view(reach.full(request.path_params["stream"]))
+        return JSONResponse(view._replace(stream=reach.shown(view.stream))._asdict())
+
+    async def history(self, request: Request) -> JSONResponse:
+        """What happened to the stream of late, and the versions that it can be rolled back to."""
+        reach = may_predict(self.tokens, _authorization(request))
+        history = self.service().history(reach.full(request.path_params["stream"]))
+        events = [event._asdict() for event in history.events]
+        return JSONResponse({**history._asdict(), "stream": reach.shown(history.stream), "events": events})
+
+    async def reset(self, request: Request) -> JSONResponse:
+        """Begin the stream anew: its state becomes that of one that has seen nothing. Admin token."""
+        return await self._command(request, self.service().reset)
+
+    async def freeze(self, request: Request) -> JSONResponse:
+        """Let the stream answer as it does now, and learn nothing until it is resumed. Admin token."""
+        return await self._command(request, self.service().freeze)
+
+    async def resume(self, request: Request) -> JSONResponse:
+        """Let a frozen stream learn again. Admin token."""
+        return await self._command(request, self.service().resume)
+
+    async def rollback(self, request: Request) -> JSONResponse:
+        """Go back to the state of a kept version, under a new version. Admin token."""
+        may_administer(self.tokens, _authorization(request))
+        version = parse_rollback(await request.body())
+        view = await self.service().rollback(request.path_params["stream"], version)
+        return JSONResponse(view._asdict())
+
+    async def delete(self, request: Request) -> JSONResponse:
+        """Forget the stream: its state, the versions kept of it, and rows that wait. Admin token."""
+        may_administer(self.tokens, _authorization(request))
+        stream = request.path_params["stream"]
+        await self.service().delete(stream)
+        return JSONResponse({"deleted": stream})
+
+    async def _command(self, request: Request, command: Callable[[str], Awaitable[StreamView]]) -> JSONResponse:
+        may_administer(self.tokens, _authorization(request))
+        view = await command(request.path_params["stream"])
+        return JSONResponse(view._asdict())
+
+
+def parse_rollback(body: bytes) -> int:
+    """The version that the body of a rollback names.
+
+    >>> parse_rollback(b'{"version": 32}')
+    32
+
+    Raises:
+        InvalidInput: anything else.
+    """
+    try:
+        return RollbackRequest.model_validate_json(body).version
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise errors.InvalidInput(
+            f'the body must be {{"version": n}}, n one of the stream\'s versions; '
+            f"{where + ': ' if where else ''}{problem['msg']}, not {reprlib.repr(problem['input'])}"
+        ) from None
+
+
+def _authorization(request: Request) -> str:
+    return request.headers.get("authorization", "")
+
+
+def _read_count(request: Request, name: str, *, default: int, least: int, most: int) -> int:
+    given = request.query_params.get(name, str(default))
+    digits = given.isascii() and given.isdigit() and len(given) < 20
+    if not (digits and least <= int(given) <= most):
+        raise errors.InvalidInput(f"the parameter {name} is {given[:100]!r}; it can be {least} … {most}")
+    return int(given)
