@@ -64,8 +64,57 @@ def test_figures():
     assert found["ratio/adapting_over_frozen"] == pytest.approx(0.8)  # of 0.5, 1.0 and 0.8, each within its round
     assert (found["ratio_min/adapting_over_frozen"], found["ratio_max/adapting_over_frozen"]) == (0.5, 1.0)
     assert found["ratio/p99_adapting_over_frozen/16"] == pytest.approx(3.0)
-    assert "ratio/p99_adapting_over_frozen" not in found
+    assert "ratio/p99_adapting_over_frozen" not in found  # that one is at 70 %
+    assert found["share_learned/adapting"] == 0.25
+    assert not any("learning_over" in name for name in found)  # was not measured
     assert rounds.totals(found) == {"failed_requests": 3, "refused_requests": 9}
+
+
+def test_figures_of_both_that_learn():
+    several = [
+        {"adapting": interval(n, share=0.0), "learning": interval(n // 2, share=0.25), "frozen": interval(400)}
+        for n in (400, 200, 300)
+    ]
+    found = rounds.figures({16: several})
+    assert found["ratio/adapting_over_frozen"] == 0.75
+    assert found["ratio/learning_over_frozen"] == 0.375
+    assert (found["ratio_min/learning_over_frozen"], found["ratio_max/learning_over_frozen"]) == (0.25, 0.5)
+    assert (found["share_learned/adapting"], found["share_learned/learning"]) == (0, 0.25)
+    assert found["ratio/p99_learning_over_frozen/16"] == 1
+
+
+def test_the_pace_is_of_the_frozen_model_at_saturation():
+    assert rounds.pace(ROUNDS, "frozen") == pytest.approx(0.7 * 125)  # a median of 250 answers in 2 s
+
+
+def paced():
+    several = [
+        {
+            "adapting": interval(198, p99_ms=p99_ms, share=0.0),
+            "learning": interval(180, p99_ms=3 * p99_ms, share=0.5, failed=1),
+            "frozen": interval(200, p99_ms=4.0, refused=2),
+        }
+        for p99_ms in (4.0, 6.0, 5.0)
+    ]
+    return rounds.Paced(100.0, several)
+
+
+def test_figures_at_one_rate():
+    found = rounds.paced_figures(paced())
+    assert found["rps_asked_at_70/frozen"] == 100
+    assert (found["rps_at_70/frozen"], found["rps_at_70/adapting"], found["rps_at_70/learning"]) == (100, 99, 90)
+    assert found["p99_ms_at_70/adapting"] == 5
+    assert (found["p99_ms_at_70_min/adapting"], found["p99_ms_at_70_max/adapting"]) == (4, 6)
+    assert found["ratio/p99_adapting_over_frozen"] == 1.25
+    assert (found["ratio_min/p99_learning_over_frozen"], found["ratio_max/p99_learning_over_frozen"]) == (3, 4.5)
+    assert found["share_learned_at_70/learning"] == 0.5
+    assert "ratio/adapting_over_frozen" not in found  # that one is at saturation
+    assert rounds.totals(found) == {"failed_requests": 3, "refused_requests": 6}
+
+
+def test_who_kept_pace():
+    assert paced().reached("adapting")
+    assert not paced().reached("learning")  # 90 of 100
 
 
 def test_nothing_answered_is_no_ratio():
@@ -77,3 +126,6 @@ def test_names_with_a_prefix():
     named = {1: [{f"resnet20_{name}": each for name, each in round_.items()} for round_ in ROUNDS[1]]}
     found = rounds.figures(named, "resnet20_")
     assert found["ratio/resnet20_adapting_over_resnet20_frozen"] == pytest.approx(0.55)
+    found = rounds.paced_figures(rounds.Paced(50.0, named[1]), "resnet20_")
+    assert found["ratio/p99_resnet20_adapting_over_resnet20_frozen"] == 1
+    assert found["rps_asked_at_70/resnet20_frozen"] == 50
