@@ -37,15 +37,12 @@ class EATAConfig:
     source_images: float = 16.0  # "evidence": what the source's statistics count for, in images
     stream_images_max: float = 256.0  # "evidence": what the stream's statistics count for at most, in images
     class_mix: float = 0.1  # "evidence": τ of a new stream; see `EATAState.class_mix`
-    class_mix_rate: float = 0.0  # … and how fast it follows the stream's requests; weight of the newest
+    class_mix_rate: float = 0.0  # … and the weight of the newest step in its moving mean; 0: it stays what it was
 
 
-CLASS_MIX_FACTOR = (
-    10.0  # τ over what requests are seen to contradict their stream's statistics by, mean over the layers
-)
-CLASS_MIX_JUMP = 4.0  # a request counts for at most so many times τ
-CLASS_MIX_MIN = 0.01
-CHANGE = 0.15  # who contradicts by more is not another mix of classes but another domain, and says nothing about τ
+CLASS_MIX_MIN = 0.02  # τ of a stream whose requests all hold the same classes
+CLASS_MIX_FACTOR = 5.0  # τ above that, over the divergence of a step's classes from its stream's, nats
+MARGINAL_RATE = 0.2  # of the moving mean of a stream's classes, a step
 
 
 class EATAPrior(NamedTuple):
@@ -63,6 +60,7 @@ class EATAState(NamedTuple):
     images: Tensor  # images behind `mean` and `var`, capped, float32 []
     source_images: Tensor  # images that the source's statistics are worth to this stream, float32 []
     class_mix: Tensor  # τ: variance of a request's mean about its stream's, over that between images, float32 []
+    marginal: Tensor  # moving mean of the stream's answers, float32 [C]; zeros until it has learned
     mean_probs: Tensor  # m^t, Eq. 4, float32 [C]; zeros until a row was selected
     optimizer: optim.OptimizerState
     seen: Tensor  # rows so far, int64 []
@@ -163,6 +161,7 @@ class EATA:
             images=self.source_params.new_zeros(()),
             source_images=self.source_params.new_full((), self.config.source_images),
             class_mix=self.source_params.new_full((), self.config.class_mix),
+            marginal=self.source_params.new_zeros(self.classes),
             mean_probs=self.source_params.new_zeros(self.classes),
             optimizer=optim.init(self.config.optimizer, self.source_params),
             seen=zero,
@@ -241,12 +240,15 @@ class EATA:
         seen_entropy = torch.where(choice.seen, entropy.detach(), 0.0)
         seen_probs = torch.where(choice.seen.unsqueeze(1), probs, 0.0)
         count = choice.seen_count.clamp(min=1)
+        mean_probs = _sum_by_state(seen_probs, rows, states.seen) / count.unsqueeze(1)
+        if self.config.statistics == "evidence" and self.config.class_mix_rate:
+            new = self._follow_classes(new, mean_probs, choice.seen_count)
         report = Report(
             seen=choice.seen_count,
             reliable=choice.reliable_count,
             selected=choice.selected_count,
             entropy=_sum_by_state(seen_entropy, rows, states.seen) / count,
-            mean_probs=_sum_by_state(seen_probs, rows, states.seen) / count.unsqueeze(1),
+            mean_probs=mean_probs,
             applied=applied,
             refused=torch.zeros_like(applied),
             trips=torch.zeros_like(choice.seen_count),
@@ -277,7 +279,9 @@ class EATA:
     def _step(self, states: EATAState, grad: Tensor, selected: Tensor) -> tuple[Tensor, optim.OptimizerState]:
         """The optimizer's step and then the pull; both shorter where few rows were selected, [S]."""
         config, full = self.config, self.config.full_step_rows
-        share = torch.ones_like(states.images) if full is None else (selected / full).clamp(max=1)
+        share = (
+            torch.ones_like(states.images) if full is None else (selected.to(states.params.dtype) / full).clamp(max=1)
+        )
         rate = config.learning_rate if full is None else config.learning_rate * share
         if config.optimizer == "adam":
             params, optimizer = optim.adam(states.optimizer, states.params, grad, learning_rate=rate)
@@ -303,14 +307,30 @@ class EATA:
         seen_rows = torch.tensor(groups.sizes, dtype=states.images.dtype, device=states.images.device)
         return self._pool_statistics(states, rows, seen_rows, groups.sizes, moments)
 
-    def _new_class_mix(self, states: EATAState, of_group: Tensor, large: Tensor, contradiction: Tensor) -> Tensor:
-        """τ follows what requests contradict their stream's past by, as far as that is not a change of domain; [S]."""
-        counts = (large > 0) & (contradiction < CHANGE) & (states.images[of_group] > 0)
-        told = torch.minimum(CLASS_MIX_FACTOR * contradiction, CLASS_MIX_JUMP * states.class_mix[of_group])
-        number = _sum_by_state(counts.to(told), of_group, states.seen)
-        mean = _sum_by_state(torch.where(counts, told, 0.0), of_group, states.seen) / number.clamp(min=1)
-        moved = torch.lerp(states.class_mix, mean, self.config.class_mix_rate).clamp(min=CLASS_MIX_MIN)
-        return torch.where(number > 0, moved, states.class_mix)
+    def _follow_classes(self, states: EATAState, mean_probs: Tensor, seen: Tensor) -> EATAState:
+        """Let τ follow how far the classes of a stream's steps lie from those of its past.
+
+        What a request's classes do to its mean cannot be told from what a change of domain does by looking at means;
+        but a change of domain leaves the classes about what they were. The Jensen-Shannon divergence of n answers from
+        a long mean is (C − 1)/(8n) by chance; twice that is taken off.
+
+        Args:
+            states: table of S states.
+            mean_probs: of the rows seen, [S, C].
+            seen: how many, int64 [S].
+        """
+        middle = (mean_probs + states.marginal) / 2
+        entropies = [torch.special.entr(each).sum(dim=1) for each in (middle, mean_probs, states.marginal)]
+        divergence = entropies[0] - (entropies[1] + entropies[2]) / 2
+        beyond_chance = (divergence - (self.classes - 1) / (4 * seen.clamp(min=1))).clamp(min=0)
+        told = CLASS_MIX_MIN + CLASS_MIX_FACTOR * beyond_chance
+        enough, known = seen >= CONTRADICT_MIN_ROWS, states.marginal.sum(dim=1) > 0
+        moved = torch.lerp(states.class_mix, told.to(states.class_mix), self.config.class_mix_rate)
+        marginal = torch.where(known.unsqueeze(1), torch.lerp(states.marginal, mean_probs, MARGINAL_RATE), mean_probs)
+        return states._replace(
+            class_mix=torch.where(enough & known, moved, states.class_mix),
+            marginal=torch.where(enough.unsqueeze(1), marginal, states.marginal),
+        )
 
     def _pool_statistics(
         self, states: EATAState, of_group: Tensor, seen_rows: Tensor, sizes: tuple[int, ...], moments: Moments
@@ -339,9 +359,6 @@ class EATA:
             of_past = share.squeeze(1) * self.network.contradiction(moments, stream, sizes, class_mix)
             large = torch.where(seen_rows >= CONTRADICT_MIN_ROWS, images, 0.0)  # only these measure the source
             of_source = large * self.network.contradiction(moments, source, sizes, class_mix)
-            if self.config.class_mix_rate:
-                contradiction = self.network.contradiction(moments, stream, sizes, 0.0)
-                states = states._replace(class_mix=self._new_class_mix(states, of_group, large, contradiction))
             past = past / (1 + past * _sum_by_state(of_past, of_group, states.seen))
             most, measured = self.config.source_images, _sum_by_state(large, of_group, states.seen)
             doubt = _sum_by_state(of_source, of_group, states.seen) / measured.clamp(min=torch.finfo(total.dtype).tiny)

@@ -52,11 +52,18 @@ FAIR_ROWS_A_STEP = 512  # that arrive while one step is taken: twice what it can
 
 
 def build_engine(model: Model, device: torch.device) -> Engine:
-    """An engine as the server has it, whose filters let every row through: all of them cost."""
+    """An engine with the server's defaults, but for filters that let every row through: all of them cost."""
     torch.manual_seed(0)
     network = Network(model.build().to(device))
     everything = EATAConfig(
-        anchor="l2", entropy_margin=10.0, redundancy_margin=2.0, statistics="evidence", learning_rate=1e-6
+        anchor="l2",
+        entropy_margin=10.0,
+        redundancy_margin=2.0,
+        statistics="evidence",
+        class_mix_rate=0.3,
+        full_step_rows=64,
+        source_pull=0.02,
+        learning_rate=1e-6,
     )
     return Engine(Pipeline(network, norm=Guarded(EATA(network, model.classes, config=everything))), device, 10_000)
 

@@ -52,7 +52,6 @@ def build(config: Config, tokens: Tokens) -> list[tuple[str, str, Any]]:
         )
 
     folder = RunFolder(config.http.port)
-    folder.make()  # before a replica does, with the rights that it should have
     applications = [(FRONT, "/", deployment(FrontReplica, FRONT, 1000, 0).bind(names, tokens))]
     for model in config.models:
         ongoing = model.batching.queue_rows + model.batching.rows_max + 1000

@@ -1,5 +1,6 @@
 """From settings to an engine: the model, its adapters, and what looks at its streams."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def build_engine(
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
     runtime = build_runtime(settings.runtime, pipeline.network, model.input.shape, settings.batching.rows_max, threads)
     if folder is not None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(folder)
     engine = Engine(
         pipeline,
         device,
@@ -63,13 +64,23 @@ def build_engine(
         runtime=runtime,
     )
     try:
+        torch.set_num_threads(threads)  # as the threads that will serve: a compiled graph is for so many
         engine.warm(model.input.shape)
     except Exception as error:
         raise ConfigError(
             f"models.{settings.name}: the model loads, but a trial of predicting and adapting fails: "
             f"{type(error).__name__}: {error}"
         ) from error
+    finally:
+        torch.set_num_threads(before)
     return engine, model
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder and those above it for this user alone; `mkdir(parents=True)` would open the latter to all."""
+    for each in (*reversed(folder.parents), folder):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
 
 
 def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipeline) -> Monitor | None:
@@ -86,7 +97,10 @@ def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipelin
     drift = None
     if source is not None:
         batches = (part.to(network.scale.device).float() / 255 for part in torch.split(source[:DRIFT_IMAGES], BATCH))
-        drift = Drift(network, drift_prior(network, batches))
+        try:
+            drift = Drift(network, drift_prior(network, batches))
+        except ValueError as error:
+            raise ConfigError(f"models.{settings.name}: the images of its prior or probe: {error}") from error
     forgetting = None
     if model.probe is not None:
         forgetting = Forgetting(network, _probe(model.probe, model, pipeline), batch_rows=BATCH)
@@ -104,19 +118,20 @@ def _source_images(model: LoadedModel) -> Tensor | None:
 def _probe(path: Path, model: LoadedModel, pipeline: Pipeline) -> Probe:
     images = pipelines.read_images(path, model.input, "probe")
     x = _spread(images, PROBE_IMAGES).to(pipeline.network.scale.device).float() / 255
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        labels = archive.get("labels")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            labels = archive.get("labels")
+    except ValueError as error:  # pickled objects
+        raise ConfigError(f"probe: {path} holds no readable array `labels`: {error}") from error
     if labels is None:
         return unlabelled_probe(pipeline.network, x, BATCH)
-    if (
-        labels.ndim != 1
-        or labels.dtype.kind not in "iu"
-        or len(labels) < len(images)
-        or labels.max() >= len(model.labels)
-    ):
+    numbers = labels.size > 0 and labels.dtype.kind in "iu"
+    spread = f" from {labels.min()} to {labels.max()}" if numbers else ""
+    enough = labels.ndim == 1 and len(labels) >= len(images)
+    if not (numbers and enough and labels.min() >= 0 and labels.max() < len(model.labels)):
         raise ConfigError(
-            f"probe: `labels` of {path} is {labels.dtype} {list(labels.shape)} up to {labels.max()}; it must hold one "
-            f"class number, 0 … {len(model.labels) - 1}, for each image"
+            f"probe: `labels` of {path} is {labels.dtype} {list(labels.shape)}{spread}; it must hold one class number, "
+            f"0 … {len(model.labels) - 1}, for each image"
         )
     chosen = _spread(torch.from_numpy(labels[: len(images)].astype(np.int64)), PROBE_IMAGES)
     return Probe(x, chosen.to(x.device))

@@ -146,7 +146,7 @@ class EATASettings(Settings):
     source_images: float = Field(16.0, gt=0)
     stream_images_max: float = Field(256.0, ge=0)
     class_mix: float = Field(0.1, ge=0)
-    class_mix_rate: float = Field(0.2, ge=0, lt=1)
+    class_mix_rate: float = Field(0.3, ge=0, lt=1)
 
 
 class AdapterSettings(Settings):

@@ -22,7 +22,7 @@ from adapters.guards import Guarded, Trip, trip_names
 from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.runtime import Runtime
 from tta_serve.snapshots import Snapshots
-from tta_serve.states import Held, States, row_of
+from tta_serve.states import TEACHING_MAX, Held, States, row_of
 from tta_serve.streams import Action, StreamRecord
 from tta_serve.watch import Reading
 
@@ -63,6 +63,12 @@ class Lesson(NamedTuple):
     @property
     def rows(self) -> int:
         return len(self.x)
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps in memory while it waits."""
+        beside = 0 if self.logits is None else self.logits.nbytes
+        return self.x.nbytes + beside + (tree.nbytes(self.moments) if self.moments is not None else 0)
 
 
 class Observed(NamedTuple):
@@ -225,10 +231,11 @@ class Engine:
         )
         found = output.moments
         moments = [
-            tree.apply(lambda leaf: leaf[i : i + 1], found) if found and n >= MOMENTS_MIN_ROWS else None  # noqa: B023
+            tree.apply(lambda leaf: leaf[i : i + 1].clone(), found) if found and n >= MOMENTS_MIN_ROWS else None  # noqa: B023
             for i, n in enumerate(sizes)
         ]
-        return list(torch.split(output.logits, list(sizes))), moments
+        # copies: a lesson that waits must not keep the whole batch's in memory
+        return [part.clone() for part in torch.split(output.logits, list(sizes))], moments
 
     def _frozen(self, inputs: Sequence[Tensor]) -> list[NDArray[np.float32]]:
         if not inputs:
@@ -244,16 +251,19 @@ class Engine:
         What is stale or of a frozen stream is left alone, as in `learn`.
         """
         live, _ = self._live(observed)
-        with self.streams.teaching(live) as held:
-            if not held.streams:
-                return
-            given = [each for stream in held.streams for each in live[stream]]
-            numbers = {stream: i for i, stream in enumerate(held.streams)}
-            rows = torch.tensor([numbers[each.stream] for each in given]).to(self.device)
-            groups = Groups.of(tuple(each.rows for each in given), self.device)
-            moments = tree.apply(lambda *parts: torch.cat(parts), *(each.moments for each in given))
-            new = self.pipeline.absorb(self.streams.read(held.rows), rows, groups, moments)
-            self.streams.publish(held, [record._replace(version=record.version + 1) for record in held.records], new)
+        lives = [(stream, given[0].incarnation) for stream, given in live.items()]
+        for first in range(0, len(lives), TEACHING_MAX):
+            with self.streams.teaching(lives[first : first + TEACHING_MAX]) as held:
+                if held.streams:
+                    self._absorb(held, [each for stream in held.streams for each in live[stream]])
+
+    def _absorb(self, held: Held, given: Sequence[Observed]) -> None:
+        numbers = {stream: i for i, stream in enumerate(held.streams)}
+        rows = torch.tensor([numbers[each.stream] for each in given]).to(self.device)
+        groups = Groups.of(tuple(each.rows for each in given), self.device)
+        moments = tree.apply(lambda *parts: torch.cat(parts), *(each.moments for each in given))
+        new = self.pipeline.absorb(self.streams.read(held.rows), rows, groups, moments)
+        self.streams.publish(held, [record._replace(version=record.version + 1) for record in held.records], new)
 
     @torch.no_grad()
     def learn(self, lessons: Sequence[Lesson]) -> list[Learned]:
@@ -265,32 +275,42 @@ class Engine:
         live, done = self._live(lessons)
         frozen, gated = self._check(live)
         for stream in gated:  # no step; their statistics are taken where they were measured
-            lessons = live.pop(stream)
-            self.absorb(observed(lessons))
-            done.append(Learned(stream, sum(lesson.rows for lesson in lessons), 0, math.nan, "gated"))
-        with self.streams.teaching(live) as held:
-            if not held.streams:
-                return done
-            batch = self._batch([live[stream] for stream in held.streams], [frozen.get(each) for each in held.streams])
-            new, report = self.pipeline.adapt(self.streams.read_to_teach(held), batch.groups.index, batch)
-            fields = (report.seen, report.reliable, report.selected, report.applied, report.refused, report.trips)
-            counts = [_Counts(*map(int, each)) for each in torch.stack(fields).T.tolist()]
-            forgotten = self._probe(held, counts, new)
-            records, judged, actions = self._judge(held, counts, report.entropy.tolist(), forgotten)
-            if "pull" in actions:
-                pulled = torch.tensor([action == "pull" for action in actions], device=self.device)
-                new = self._pull(new, pulled)
-            out = self.streams.publish(held, records, new)
-        for i, (learned, is_out) in enumerate(zip(judged, out, strict=True)):
-            done.append(learned if is_out else learned._replace(selected=0, result="stale"))
-            record, action = records[i], actions[i]
-            if not is_out:
-                continue
-            if action:
-                self.streams.act(learned.stream, record, action)
-            elif learned.result == "applied" and record.steps % GOOD_EVERY_STEPS == 0:
-                self.streams.keep_good(learned.stream, record, tree.row(optim.rest(new), i))
+            lots = live.pop(stream)
+            self.absorb(observed(lots))
+            done.append(Learned(stream, _rows(lots), 0, math.nan, "gated"))
+        with self.streams.teaching([(stream, lots[0].incarnation) for stream, lots in live.items()]) as held:
+            for stream in live.keys() - set(held.streams):  # it went while it was looked at, or cannot be read
+                done.append(Learned(stream, _rows(live[stream]), 0, 0.0, "stale"))
+            if held.streams:
+                done += self._step(held, [live[stream] for stream in held.streams], frozen)
         return done
+
+    def _step(self, held: Held, lots: Sequence[Sequence[Lesson]], frozen: Mapping[str, Tensor]) -> list[Learned]:
+        batch = self._batch(lots, [frozen.get(stream) for stream in held.streams])
+        old = self.streams.read_to_teach(held)
+        new, report = self.pipeline.adapt(old, batch.groups.index, batch)
+        fields = (report.seen, report.reliable, report.selected, report.applied, report.refused, report.trips)
+        counts = [_Counts(*map(int, each)) for each in torch.stack(fields).T.tolist()]
+        records, judged, actions = self._judge(held, counts, report.entropy.tolist(), self._probe(held, counts, new))
+        if "pull" in actions:
+            new = self._pull(new, self._where(actions, "pull"))
+        if "roll_back" in actions or "freeze" in actions:
+            # what a guard condemned answers nobody, not even until it is rolled back
+            new = tree.where(self._where(actions, "roll_back", "freeze"), old, new)
+        out = self.streams.publish(held, records, new)
+        for i, (stream, record, action) in enumerate(zip(held.streams, records, actions, strict=True)):
+            if action:
+                self.streams.act(stream, record, action)
+            elif out[i] and judged[i].result == "applied" and record.steps % GOOD_EVERY_STEPS == 0:
+                self.streams.keep_good(stream, record, tree.row(optim.rest(new), i))
+        return [
+            learned if is_out else learned._replace(selected=0, result="stale")
+            for learned, is_out in zip(judged, out, strict=True)
+        ]
+
+    def _where(self, actions: Sequence[Action | None], *wanted: Action) -> Tensor:
+        """Which streams one of these actions is for, bool [S]."""
+        return torch.tensor([action in wanted for action in actions], device=self.device)
 
     def _check(self, live: dict[str, list[Lesson]]) -> tuple[dict[str, Tensor], list[str]]:
         """Check the streams whose turn it is.
@@ -304,11 +324,11 @@ class Engine:
         for stream, lessons in live.items():
             record = self.streams.find(stream)
             watch = self._monitor.watch(stream, lessons[0].incarnation)
-            served = [(lesson.x, lesson.logits) for lesson in lessons if lesson.logits is not None]
-            if record is None or not watch.due(record.steps - record.checked_steps) or not served:
+            if record is None or not watch.due(record.steps - record.checked_steps):
                 continue
-            xs, logits = zip(*served, strict=True)
-            due[stream] = Served(torch.cat([to_unit(x) for x in xs]), torch.cat(logits))
+            logits = [lesson.logits for lesson in lessons if lesson.logits is not None]
+            if len(logits) == len(lessons):  # else some were answered by the frozen network alone: the next lot will do
+                due[stream] = Served(torch.cat([to_unit(lesson.x) for lesson in lessons]), torch.cat(logits))
         if due:
             readings, frozen = self._monitor.check(list(due.values()))
             for stream, reading in zip(due, readings, strict=True):
@@ -338,8 +358,9 @@ class Engine:
         """The lessons that can teach, by stream, and what is said of the others."""
         live: dict[str, list[L]] = {}
         done: list[Learned] = []
+        records = {stream: self.streams.find(stream) for stream in {lesson.stream for lesson in lessons}}
         for lesson in lessons:
-            record = self.streams.find(lesson.stream)
+            record = records[lesson.stream]
             if record is None or record.incarnation != lesson.incarnation:
                 done.append(Learned(lesson.stream, lesson.rows, 0, 0.0, "stale"))
             elif record.frozen:
@@ -421,13 +442,12 @@ class _Counts(NamedTuple):
     trips: int
 
 
-def _row(record: StreamRecord) -> int:
-    assert record.row is not None  # attached
-    return record.row
-
-
 def _split(logits: Tensor, sizes: Sequence[int]) -> list[NDArray[np.float32]]:
     return np.split(logits.cpu().numpy(), np.cumsum(sizes)[:-1])
+
+
+def _rows(lessons: Iterable[Lesson]) -> int:
+    return sum(lesson.rows for lesson in lessons)
 
 
 def observed(lessons: Iterable[Lesson]) -> list[Observed]:

@@ -73,13 +73,13 @@ class Pools:
         """Queue a lesson; returns those that gave way to it."""
         dropped = []
         while self._rows and (
-            self.rows + lesson.rows > self.queue_rows or self.bytes + lesson.x.nbytes > self.queue_bytes
+            self.rows + lesson.rows > self.queue_rows or self.bytes + lesson.nbytes > self.queue_bytes
         ):
             dropped.append(self._pop(max(self._rows, key=self._rows.__getitem__)))
         self._pools.setdefault(lesson.stream, deque()).append(_Pooled(lesson, now_s))
         self._rows[lesson.stream] += lesson.rows
         self.rows += lesson.rows
-        self.bytes += lesson.x.nbytes
+        self.bytes += lesson.nbytes
         return dropped
 
     def take(self, now_s: float) -> list[Lesson]:
@@ -108,7 +108,7 @@ class Pools:
     def forget(self, stream: str) -> int:
         """Drop all rows of a stream; returns how many."""
         for pooled in self._pools.pop(stream, ()):
-            self.bytes -= pooled.lesson.x.nbytes
+            self.bytes -= pooled.lesson.nbytes
         rows = self._rows.pop(stream, 0)
         self.rows -= rows
         return rows
@@ -122,7 +122,7 @@ class Pools:
         lesson = pool.popleft().lesson
         self._rows[stream] -= lesson.rows
         self.rows -= lesson.rows
-        self.bytes -= lesson.x.nbytes
+        self.bytes -= lesson.nbytes
         if not pool:
             del self._pools[stream], self._rows[stream]
         return lesson
@@ -130,8 +130,15 @@ class Pools:
 
 def _parts(lesson: Lesson) -> list[Lesson]:
     """A request may hold more rows than one step; its moments, which are those of all its rows, go with the first."""
-    first, *others = torch.split(lesson.x, step_rows_max(lesson))
-    return [lesson._replace(x=first), *(lesson._replace(x=part, moments=None) for part in others)]
+    rows = step_rows_max(lesson)
+    if lesson.rows <= rows:
+        return [lesson]
+    xs = torch.split(lesson.x, rows)
+    logits = [None] * len(xs) if lesson.logits is None else torch.split(lesson.logits, rows)
+    return [
+        lesson._replace(x=x, logits=part, moments=None if number else lesson.moments)
+        for number, (x, part) in enumerate(zip(xs, logits, strict=True))
+    ]
 
 
 class Learner:
@@ -212,12 +219,12 @@ class Learner:
         spent_s = time.thread_time if self.engine.device.type == "cpu" else time.monotonic
         rest_until_s = 0.0
         while (work := self._next(rest_until_s)) is not None:
+            began_s, spent_before_s = time.monotonic(), spent_s()
             if work.observed:
                 self._absorb(work.observed)
             if work.lessons:
-                began_s, spent_before_s = time.monotonic(), spent_s()
                 self._learn(work.lessons)
-                rest_until_s = began_s + (spent_s() - spent_before_s) / self.budget
+            rest_until_s = began_s + (spent_s() - spent_before_s) / self.budget
 
     def _absorb(self, given: Sequence[Observed]) -> None:
         try:
@@ -239,18 +246,19 @@ class Learner:
             self._on_learned(learned, time.monotonic() - began_s)
 
     def _next(self, rest_until_s: float) -> _Work | None:
-        """Wait for moments, or for the rest to be over and a stream to be ready; None when stopping."""
+        """Wait for the rest to be over, and for moments or a stream that is ready; None when stopping."""
         with self._changed:
             while not self._stopping:
                 now_s = time.monotonic()
-                lessons = self._pools.take(now_s) if now_s >= rest_until_s else []
+                if now_s < rest_until_s:
+                    self._changed.wait(rest_until_s - now_s)
+                    continue
+                lessons = self._pools.take(now_s)
                 waiting, self._observed = list(self._observed), deque(maxlen=OBSERVED_MAX)
                 for lesson in lessons:
                     self._learning[lesson.stream] += lesson.rows
                 if lessons or waiting:
                     return _Work(waiting, lessons)
-                if now_s < rest_until_s:
-                    self._changed.wait(rest_until_s - now_s)
-                else:  # rows that are too few yet become ready by waiting; without any, only an arrival matters
-                    self._changed.wait(self._pools.step_wait_s / 4 if self._pools.rows else None)
+                # rows that are too few yet become ready by waiting; without any, only an arrival matters
+                self._changed.wait(self._pools.step_wait_s / 4 if self._pools.rows else None)
             return None

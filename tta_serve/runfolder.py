@@ -86,6 +86,7 @@ class RunFolder:
                 f"a tta-serve already runs on port {self.port}; `tta-serve down --port {self.port}` stops it"
             ) from None
         try:
+            shutil.rmtree(self.path / "states", ignore_errors=True)  # of a server that was killed: nobody reads them
             yield
         finally:
             self._lock.release()

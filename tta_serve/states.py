@@ -275,13 +275,21 @@ class States:
         Returns:
             Of each stream, whether that was done: not where it went another way meanwhile, or where there is no room.
         """
-        with self._lock:
-            rows = [self._free_row_or_none(stream) for stream in held.streams]
-        resting = optim.rest(states)
-        if None in rows:
-            has_room = [i for i, row in enumerate(rows) if row is not None]
-            resting = tree.apply(lambda leaf: leaf[has_room], resting)
-        self._table.write([row for row in rows if row is not None], resting)  # nobody reads these rows yet
+        rows: list[int | None] = []
+        try:
+            with self._lock:
+                for stream in held.streams:
+                    rows.append(self._free_row_or_none(stream))
+            resting = optim.rest(states)
+            if None in rows:
+                has_room = [i for i, row in enumerate(rows) if row is not None]
+                resting = tree.apply(lambda leaf: leaf[has_room], resting)
+            self._table.write([row for row in rows if row is not None], resting)  # nobody reads these rows yet
+        except BaseException:
+            with self._lock:
+                for row in rows:
+                    self._rows.give_back(row)
+            raise
         out = []
         with self._lock:
             for stream, old, record, row in zip(held.streams, held.records, records, rows, strict=True):
@@ -343,12 +351,15 @@ class States:
                 self._rows.release([row_of(record) for record in records])
 
     @contextmanager
-    def teaching(self, streams: Iterable[str]) -> Iterator[Held]:
-        """Those of the streams that still exist and whose states can be read, their rows held."""
+    def teaching(self, lives: Iterable[tuple[str, int]]) -> Iterator[Held]:
+        """Those streams that are still in that life, learn, and can be read; their rows held."""
         held = Held([], [])
         try:
             with self._lock:
-                for stream in streams:
+                for stream, incarnation in lives:
+                    present = self._streams.get(stream)
+                    if present is None or present.incarnation != incarnation or present.frozen:
+                        continue
                     record = self._attach_or_none(stream)
                     if record is not None:
                         self._rows.hold([row_of(record)])
@@ -433,7 +444,11 @@ class States:
         """
         state = self._read_back(stream, version)
         row = self._free_row(stream)
-        self._table.write([row], tree.stack([state]))
+        try:
+            self._table.write([row], tree.stack([state]))
+        except BaseException:
+            self._rows.give_back(row)
+            raise
         return row
 
     def _roll_back_to_good(self, stream: str) -> None:

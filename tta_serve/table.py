@@ -58,7 +58,7 @@ class Table:
 
         tree.apply(put, self._table, states)
         if index.is_cuda:  # the reader may be on another CUDA stream
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(index.device).synchronize()
 
     def wake(self, states: Any, streams: Sequence[tuple[str, int]]) -> Any:
         """States read from the table with their streams' optimizer moments: as they were kept, or fresh.

@@ -13,7 +13,7 @@ from river import drift
 
 CHECK_EVERY_STEPS = 4  # of a stream that learns
 CHECK_EVERY_LOTS = 8  # of one that does not: a lot is what would have been a step
-CHECK_ROWS = 64  # rows of one check
+CHECK_ROWS = 256  # rows of one check: a whole lot, so that guards compare answers to the same rows
 CALM_CHECKS = 5  # in a row, before the gate closes
 CALM_FLIPS = 0.05  # share of answers that differ from the frozen ones; below it, learning is not missed
 MEMORY = 0.2  # weight of the newest check in the moving means

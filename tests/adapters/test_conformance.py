@@ -45,6 +45,12 @@ KINDS = {
     "guarded-eata-evidence-sgd": Kind(
         lambda network: Guarded(eata(network, statistics="evidence", optimizer="sgd")), guarded=True
     ),
+    "guarded-eata-async": Kind(  # what the server builds
+        lambda network: Guarded(
+            eata(network, statistics="evidence", full_step_rows=64, source_pull=0.02, class_mix_rate=0.3)
+        ),
+        guarded=True,
+    ),
     "guarded-source": Kind(lambda network: Guarded(Source(network)), learns=False, guarded=True),
 }
 EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "guarded-eata-batch-adam")
@@ -64,7 +70,7 @@ def pipeline(build: Build, model: str, kind: str) -> Pipeline:
 
 def test_the_table_of_cases_is_complete() -> None:
     assert len(LAWS) == 16
-    assert len(CASES) == 24
+    assert len(CASES) == 26
     network = Network(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, CLASSES)))
     covered: set[type] = set()
     for kind in KINDS.values():

@@ -279,11 +279,11 @@ def test_reset_restores_every_field(optimizer: str, statistics: str, build: Buil
         assert report.applied.all()
     after = dict(tree.leaves(tree.row(states, 0)))
     never = {"optimizer.second"} if optimizer == "sgd" else set()
-    never |= set() if statistics == "evidence" else {"mean", "var", "images", "source_images", "class_mix"}
+    never |= set() if statistics == "evidence" else {"mean", "var", "images", "source_images", "class_mix", "marginal"}
     assert {name for name in start if torch.equal(after[name], start[name])} == never  # all else has moved
     reset = dict(tree.leaves(adapter.init()))
     assert reset.keys() == start.keys()
-    assert len(start) == 13
+    assert len(start) == 14
     for name in start:
         assert torch.equal(reset[name], start[name]), name
 
@@ -481,26 +481,39 @@ def test_doubt_of_a_step_is_the_mean_over_its_large_requests_by_their_worth() ->
         assert pooled(adapter, start, EIGHT, *small).source_images.item() == pytest.approx(0.64)
 
 
-def test_class_mix_follows_what_requests_contradict_their_stream_by() -> None:
-    adapter = evident(entropy_margin=-1.0, class_mix=0.1, class_mix_rate=0.2)
-    first = pooled(adapter, tree.stack([adapter.init()]), SAME)
-    assert first.class_mix.item() == pytest.approx(0.1)  # there was no past to contradict
-    # alike: nothing is contradicted, and τ falls by a fifth each time, but not below its least
-    states = pooled(adapter, first, SAME)
-    assert states.class_mix.item() == pytest.approx(0.08)
-    for _ in range(20):
-        states = pooled(adapter, states, SAME)
-    assert states.class_mix.item() == pytest.approx(CLASS_MIX_MIN)
-    # a mean that lies so far off that B = 2 (d² − 1/7) / (16/7) = 0.05, ten times of which is above four times τ
-    apart = SAME + (0.05 * 8 / 7 + 1 / 7) ** 0.5 * torch.tensor([1.0, 2.0])
-    states = pooled(adapter, first, apart)
-    assert states.class_mix.item() == pytest.approx(0.8 * 0.1 + 0.2 * 0.4, abs=1e-4)
-    # another domain says nothing about it, nor do few rows
-    assert torch.equal(pooled(adapter, first, SAME + 100).class_mix, first.class_mix)
-    assert torch.equal(pooled(adapter, first, apart[:7]).class_mix, first.class_mix)
-    steady = evident(entropy_margin=-1.0, class_mix=0.1)  # unless told otherwise, τ is what it was set to
-    states = pooled(steady, tree.stack([steady.init()]), SAME)
-    assert torch.equal(pooled(steady, states, apart).class_mix, states.class_mix)
+def test_class_mix_follows_how_far_the_classes_of_steps_lie_from_the_streams() -> None:
+    adapter = evident(class_mix=0.1, class_mix_rate=0.5)
+    zeros = [0.0] * (adapter.classes - 2)
+    even, one = torch.tensor([[0.5, 0.5, *zeros]]), torch.tensor([[1.0, 0.0, *zeros]])
+    many, chance = torch.tensor([1_000_000]), (adapter.classes - 1) / 40
+    first = adapter._follow_classes(tree.stack([adapter.init()]), even, many)
+    assert first.class_mix.item() == pytest.approx(0.1)  # there was no past
+    torch.testing.assert_close(first.marginal, even)
+    alike = adapter._follow_classes(first, even, many)
+    assert alike.class_mix.item() == pytest.approx((0.1 + CLASS_MIX_MIN) / 2)
+    # of one class where the stream has two: H(3/4, 1/4) − H(1/2, 1/2)/2 = 0.562335 − 0.346574 nats
+    apart = adapter._follow_classes(first, one, many)
+    assert apart.class_mix.item() == pytest.approx((0.1 + 0.02 + 5 * 0.215762) / 2, abs=1e-5)
+    torch.testing.assert_close(apart.marginal, torch.tensor([[0.6, 0.4, *zeros]]))
+    ten = adapter._follow_classes(first, one, torch.tensor([10]))  # which lie apart by chance
+    assert ten.class_mix.item() == pytest.approx((0.1 + 0.02 + 5 * (0.215762 - chance)) / 2, abs=1e-5)
+    for states in (first, tree.stack([adapter.init()])):  # and fewer say nothing
+        after = adapter._follow_classes(states, one, torch.tensor([7]))
+        assert torch.equal(after.class_mix, states.class_mix)
+        assert torch.equal(after.marginal, states.marginal)
+
+
+def test_a_step_on_few_rows_is_short_and_ends_nearer_the_source() -> None:
+    adapter = evident(learning_rate=0.01, full_step_rows=8, source_pull=0.5)
+    states = tree.stack([adapter.init()])._replace(params=adapter.source_params.unsqueeze(0) + 1)
+    grad = torch.ones_like(states.params)
+    for selected, share in ((2, 0.25), (8, 1.0), (100, 1.0)):
+        params, _ = adapter._step(states, grad, torch.tensor([selected]))
+        # Adam's first step is as long as its rate; then half of the way back, or an eighth
+        expected = (1 - 0.01 * share) * (1 - 0.5 * share)
+        torch.testing.assert_close(
+            params - adapter.source_params, torch.full_like(grad, expected), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (7, 7, 2)], ids=str)
@@ -827,7 +840,9 @@ def test_streams_share_the_models_tensors(build: Build, images: Images) -> None:
     states, _ = adapter.adapt(tree.stack([adapter.init()] * 2), one_stream(x), batch(x))
     after = {t.data_ptr() for t in (*network.model.parameters(), *network.model.buffers())}
     assert after == before
-    assert tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 1 + 1 + 4 + 20 + 20) + 8 * 4  # of P = 10, C = 4
+    assert (
+        tree.nbytes(tree.row(states, 0)) == 4 * (20 + 10 + 10 + 1 + 1 + 1 + 4 + 4 + 20 + 20) + 8 * 4
+    )  # of P = 10, C = 4
 
 
 @pytest.mark.parametrize("statistics", ["batch", "evidence"])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters import Moments
 from tta_serve import learner as module
 from tta_serve.engine import Learned, Lesson
 from tta_serve.learner import STEP_ROWS_MAX, Learner, Pools
@@ -147,6 +148,27 @@ def test_nothing_is_lost_or_doubled_or_over_the_limit(
         mine = [each.version for each in taken if each.stream == stream]
         assert mine == sorted(mine)
     assert sum(len(each.x) for each in added.values()) == sum(len(each.x) for each in taken) + given_way
+
+
+def test_a_request_of_more_rows_than_a_step_is_cut_with_its_answers() -> None:
+    mine = Bench(queue_rows=1000)
+    whole = lesson("a", STEP_ROWS_MAX + 3)
+    logits = torch.arange(2.0 * whole.rows).view(-1, 2)
+    mine.learner.offer(whole._replace(x=torch.arange(float(whole.rows)).view(-1, 1), logits=logits))
+    first, second = (pooled.lesson for pooled in mine.learner._pools._pools["a"])
+    assert (first.rows, second.rows) == (STEP_ROWS_MAX, 3)
+    for part in (first, second):
+        assert part.logits is not None
+        torch.testing.assert_close(part.logits[:, 0] / 2, part.x[:, 0])
+
+
+def test_what_waits_is_counted_with_its_answers_and_moments() -> None:
+    pools = Pools(step_rows=100, step_wait_s=10.0, queue_rows=100)
+    moments = Moments(torch.zeros(1, 5), torch.zeros(1, 5), torch.zeros(1, 5))
+    pools.add(lesson("a", 2)._replace(logits=torch.zeros(2, 3), moments=moments), 0.0)
+    assert pools.bytes == 4 * (2 + 6 + 15)
+    pools.forget("a")
+    assert pools.bytes == 0
 
 
 class FakeEngine:
