@@ -9,10 +9,10 @@ demo: .venv/ready
 	$(BIN)/tta-serve demo
 
 test: .venv/ready
-	$(BIN)/pytest -m "not real"
+	$(BIN)/pytest -m "not real and not slow"
 
 test-real: .venv/ready
-	$(BIN)/pytest -m real
+	$(BIN)/pytest -m "real or slow"
 
 test-all: test test-real
 

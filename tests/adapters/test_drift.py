@@ -215,6 +215,7 @@ def cifar() -> Callable[[str, int, int], Tensor]:
     return images
 
 
+@pytest.mark.slow
 def test_real_images_drift_where_they_are_corrupted(cifar: Callable[[str, int, int], Tensor]) -> None:
     resnet20 = pytest.importorskip("loadtests.resnet20", reason="loadtests is no part of what is installed")
     model = resnet20.build()

@@ -82,6 +82,7 @@ def test_all_protocols_and_methods(folder, main, capsys):
     assert "[22/22, " in printed.err
 
 
+@pytest.mark.slow
 def test_some_of_each_on_two_processes(folder):
     (folder / "snow.npz").unlink()
     arguments = ("--protocols", "continual", "--methods", "default,frozen", "--corruptions", "fog", "--jobs", 2)
@@ -113,6 +114,7 @@ def test_a_missing_file_is_told(folder, main):
         main("--data", folder, "--corruptions", "fog,hail")
 
 
+@pytest.mark.slow
 def test_the_recorded_error_of_eata():
     data = Path(os.environ.get("TTA_DATA") or ROOT.parent / "shared" / "data" / "cifar")
     if not (data / "reference_eata.npz").is_file():

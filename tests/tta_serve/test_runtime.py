@@ -394,6 +394,7 @@ def start(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path), runtime.CACHE_VARIABLE: ""}
 
