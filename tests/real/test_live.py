@@ -55,7 +55,7 @@ def test_sync_mode_over_http_follows_the_engine(live_sync, client, held_out, inf
         ((own, lesson),) = engine.predict([query])
         engine.learn([lesson])
         assert served == pytest.approx(own.logits, abs=1e-4)
-    assert engine.record("trajectory").steps == 12
+    assert engine.streams.record("trajectory").steps == 12
     assert client.get(f"{live_sync.model}/streams/trajectory").json()["steps"] >= 11
 
 
