@@ -1,4 +1,4 @@
-"""The model, its pipeline and the live states: predict, learn, reset. The only caller of torch while serving.
+"""The model, its pipeline and the live states: predict and learn. With what it stands on, the only caller of torch while serving.
 
 `predict` and `learn` may run in two threads at once, and neither waits for the other's computing: see `states.py`.
 """
@@ -202,10 +202,8 @@ class Engine:
             logits, moments = self._adapted([inputs[i] for i in adapted_for], [records[i] for i in adapted_for])
             frozen_logits = self._frozen([inputs[i] for i in frozen_for])
             answered = _split(torch.cat(logits), [len(part) for part in logits]) if logits else []
-        adapted, frozen = (
-            dict(zip(adapted_for, answered, strict=True)),
-            dict(zip(frozen_for, frozen_logits, strict=True)),
-        )
+        adapted = dict(zip(adapted_for, answered, strict=True))
+        frozen = dict(zip(frozen_for, frozen_logits, strict=True))
         served, measured = dict(zip(adapted_for, logits, strict=True)), dict(zip(adapted_for, moments, strict=True))
         return [
             (

@@ -113,9 +113,12 @@ class Pools:
         self.rows -= rows
         return rows
 
+    def has_enough(self, stream: str) -> bool:
+        """Whether a stream is ready however short its rows have waited."""
+        return self._rows[stream] >= self.step_rows
+
     def _ready(self, stream: str, now_s: float) -> bool:
-        oldest_s = self._pools[stream][0].arrived_s
-        return self._rows[stream] >= self.step_rows or now_s - oldest_s >= self.step_wait_s
+        return self.has_enough(stream) or now_s - self._pools[stream][0].arrived_s >= self.step_wait_s
 
     def _pop(self, stream: str) -> Lesson:
         pool = self._pools[stream]
@@ -170,6 +173,7 @@ class Learner:
         self._on_skipped = on_skipped
         self._changed = threading.Condition()
         self._stopping = False
+        self._resting = False  # until a time that is set: an arrival changes nothing
         self._observed: deque[Observed] = deque(maxlen=OBSERVED_MAX)
         self._learning: Counter[str] = Counter()  # rows in the step that runs now
         self._thread = threading.Thread(target=self._run, name="tta-learner", daemon=True)
@@ -189,10 +193,13 @@ class Learner:
         """Queue rows; never waits for the step that runs."""
         dropped: list[Lesson] = []
         with self._changed:
+            was_empty = not self._pools.rows
             for part in _parts(lesson):
                 dropped += self._pools.add(part, time.monotonic())
             self._observed.extend(observed(dropped))
-            self._changed.notify()
+            # a thread that is woken for nothing takes the interpreter from the one that answers
+            if not self._resting and (was_empty or dropped or self._pools.has_enough(lesson.stream)):
+                self._changed.notify()
         if dropped:
             self._on_skipped(sum(each.rows for each in dropped), "queue_full")
 
@@ -250,7 +257,8 @@ class Learner:
         with self._changed:
             while not self._stopping:
                 now_s = time.monotonic()
-                if now_s < rest_until_s:
+                self._resting = now_s < rest_until_s
+                if self._resting:
                     self._changed.wait(rest_until_s - now_s)
                     continue
                 lessons = self._pools.take(now_s)
