@@ -1,4 +1,6 @@
-"""The model, its pipeline and the live states: predict and learn. With what it stands on, the only caller of torch while serving.
+"""The model, its pipeline and the live states: predict and learn.
+
+Beside what it stands on (`table.py`, `monitor.py`, `runtime.py`), the only caller of torch while serving.
 
 `predict` and `learn` may run in two threads at once, and neither waits for the other's computing: see `states.py`.
 """

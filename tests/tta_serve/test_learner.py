@@ -321,6 +321,17 @@ def test_stop_wakes_a_learner_that_waits_or_rests() -> None:
     assert never.learner.pending_rows() == 5
 
 
+def test_only_an_arrival_that_changes_something_wakes_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, woken = Bench(), []
+    monkeypatch.setattr(mine.learner._changed, "notify", lambda: woken.append(mine.learner.pending_rows()))
+    for stream in "aba":
+        mine.learner.offer(lesson(stream))
+    assert woken == [1, 3]  # the first begins the wait for more, and two of a stream are enough
+    mine.learner._resting = True
+    mine.learner.offer(lesson("b", 5))
+    assert woken == [1, 3]
+
+
 class Clock:
     """Time that passes only when the learner waits for it, or the engine works."""
 
