@@ -20,7 +20,8 @@ from torch import Tensor
 from adapters import Batch, Groups, Moments, Pipeline, PipelineState, optim, tree
 from adapters.base import Forward
 from adapters.eata import MOMENTS_MIN_ROWS
-from adapters.guards import Guarded, Trip, trip_names
+from adapters.guards import Guarded
+from tta_serve.judging import Counts, Learned, counts_of, judge
 from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.runtime import Runtime
 from tta_serve.snapshots import Snapshots
@@ -83,18 +84,6 @@ class Observed(NamedTuple):
 
 
 L = TypeVar("L", Lesson, Observed)
-Result = Literal["applied", "filtered", "refused", "stale", "frozen", "gated"]
-
-
-class Learned(NamedTuple):
-    """What one call of `learn` did for one stream."""
-
-    stream: str
-    seen: int
-    selected: int
-    entropy: float
-    result: Result
-    trips: tuple[str, ...] = ()  # guards
 
 
 class Engine:
@@ -289,9 +278,9 @@ class Engine:
         batch = self._batch(lots, [frozen.get(stream) for stream in held.streams])
         old = self.streams.read_to_teach(held)
         new, report = self.pipeline.adapt(old, batch.groups.index, batch)
-        fields = (report.seen, report.reliable, report.selected, report.applied, report.refused, report.trips)
-        counts = [_Counts(*map(int, each)) for each in torch.stack(fields).T.tolist()]
-        records, judged, actions = self._judge(held, counts, report.entropy.tolist(), self._probe(held, counts, new))
+        counts = counts_of(report)
+        lost = self._probe(held, counts, new)
+        records, judged, actions = judge(held.streams, held.records, counts, report.entropy.tolist(), lost)
         if "pull" in actions:
             new = self._pull(new, self._where(actions, "pull"))
         if "roll_back" in actions or "freeze" in actions:
@@ -344,7 +333,7 @@ class Engine:
         gated = [stream for stream, lots in live.items() if self._monitor.watch(stream, lots[0].incarnation).gated]
         return dict(zip(due, frozen, strict=True)), gated
 
-    def _probe(self, held: Held, counts: Sequence["_Counts"], new: PipelineState) -> dict[int, Forgotten]:
+    def _probe(self, held: Held, counts: Sequence[Counts], new: PipelineState) -> dict[int, Forgotten]:
         """What the streams forgot whose steps make a round number; by their place among those held."""
         found: dict[int, Forgotten] = {}
         for i, (old, count) in enumerate(zip(held.records, counts, strict=True)):
@@ -387,59 +376,10 @@ class Engine:
         groups = Groups.of(sizes, self.device)
         return Batch(x, groups, weights=x.new_ones(len(x)), frozen_logits=frozen_logits)
 
-    def _judge(
-        self,
-        held: Held,
-        counts: Sequence["_Counts"],
-        entropies: Sequence[float],
-        forgotten: Mapping[int, Forgotten],
-    ) -> tuple[list[StreamRecord], list[Learned], list[Action | None]]:
-        """What a step made of each stream; and what the guards want done."""
-        records: list[StreamRecord] = []
-        done: list[Learned] = []
-        actions: list[Action | None] = []
-        for i, (stream, old, count) in enumerate(zip(held.streams, held.records, counts, strict=True)):
-            entropy, lost, bits, action = entropies[i], forgotten.get(i), count.trips, None
-            record = old._replace(
-                version=old.version + (not count.refused),
-                steps=old.steps + count.applied,
-                seen=old.seen + count.seen,
-                reliable=old.reliable + count.reliable,
-                selected=old.selected + count.selected,
-                refused=old.refused + count.refused,
-                entropy=entropy if math.isfinite(entropy) and not count.refused else None,
-                ladder=old.ladder.step() if count.applied else old.ladder,
-                forgetting=(lost.points, lost.standard_error) if lost else old.forgetting,
-            )
-            if lost and lost.too_much:
-                bits |= Trip.FORGETTING
-            if trips := trip_names(bits):
-                ladder, action = old.ladder.trip()
-                version = record.version + (bool(count.refused) and action == "pull")  # pulling changes the state
-                record = record._replace(version=version, trips=old.trips + 1, ladder=ladder)
-                record = record.noted(f"{' and '.join(trips)}: {action}")
-                log.warning("stream %r: the guards %s tripped: %s", stream, ", ".join(trips), action)
-            records.append(record)
-            actions.append(action)
-            result: Result = "refused" if count.refused else "applied" if count.applied else "filtered"
-            done.append(Learned(stream, count.seen, count.selected, entropy, result, trips))
-        return records, done, actions
-
     def _pull(self, states: PipelineState, mask: Tensor) -> PipelineState:
         norm = self.pipeline.norm
         assert isinstance(norm, Guarded)  # who else would have tripped
         return states._replace(norm=norm.pull(states.norm, mask, PULL_SHARE))
-
-
-class _Counts(NamedTuple):
-    """A report's fields of one stream, on the host."""
-
-    seen: int
-    reliable: int
-    selected: int
-    applied: int
-    refused: int
-    trips: int
 
 
 def _split(logits: Tensor, sizes: Sequence[int]) -> list[NDArray[np.float32]]:

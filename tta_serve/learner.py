@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from tta_serve.engine import Engine, Learned, Lesson, Observed, observed
+from tta_serve.engine import Engine, Lesson, Observed, observed
+from tta_serve.judging import Learned
 from tta_serve.states import TEACHING_MAX
 
 log = logging.getLogger(__name__)

@@ -90,7 +90,7 @@ def load(settings: ModelSettings) -> LoadedModel:
     normalised = Normalised(module, described.mean, described.std).eval()
     classes = _count_classes(settings, normalised, spec)
     labels = _check_labels(settings, settings.labels or labels or tuple(str(i) for i in range(classes)), classes)
-    return LoadedModel(normalised, spec, labels, _digest(module), settings.prior, settings.adaptation.probe)
+    return LoadedModel(normalised, spec, labels, digest_of(module), settings.prior, settings.adaptation.probe)
 
 
 def _digits(settings: ModelSettings) -> LoadedModel:
@@ -100,41 +100,20 @@ def _digits(settings: ModelSettings) -> LoadedModel:
         Normalised(module, digits.MEAN, digits.STD),
         InputSpec(32, 32, None),
         _check_labels(settings, settings.labels or digits.LABELS, len(digits.LABELS)),
-        _digest(module),
+        digest_of(module),
         settings.prior or BUILTIN_FOLDER / "digits_prior.safetensors",
         settings.adaptation.probe or digits.PROBE,
     )
 
 
 def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | None, tuple[str, ...]]:
-    name = settings.source.torchvision or ""
-    where = f"models.{settings.name}"
-    try:
-        builder = torchvision.models.get_model_builder(name)
-        weights_enum = torchvision.models.get_model_weights(name)
-    except ValueError:
-        raise ConfigError(f"{where}.source: torchvision has no model named {name!r}") from None
-    if settings.weights is None:
-        raise ConfigError(f"{where}.weights: give a file, or one of {', '.join(w.name for w in weights_enum)}")
-    if Path(settings.weights).is_file():
-        state = _read_state(Path(settings.weights))
+    builder, known = builder_of(settings)
+    if Path(settings.weights or "").is_file():
+        state = read_state(Path(settings.weights or ""))
         module = _sized_like(builder, state, settings)
-        _fit(module, state, settings)
+        fit(module, state, settings)
         return module, None, ()
-    try:
-        weights = weights_enum[settings.weights]
-    except KeyError:
-        raise ConfigError(
-            f"{where}.weights: {name} has no weights named {settings.weights!r}; it has "
-            f"{', '.join(w.name for w in weights_enum)} (a file needs a path to it)"
-        ) from None
-    try:
-        module = builder(weights=weights)
-    except OSError as error:  # URLError is one
-        raise ConfigError(
-            f"{where}.weights: {settings.weights} could not be downloaded ({error}); "
-            "download it elsewhere and give the file's path"
-        ) from None
+    module, weights = with_named_weights(settings, builder, known)
     preset: Any = weights.transforms()
     described = InputSettings(
         size=(preset.crop_size[0], preset.crop_size[0]),
@@ -144,6 +123,46 @@ def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | No
         std=tuple(preset.std),
     )
     return module, described, tuple(weights.meta.get("categories", ()))
+
+
+def builder_of(settings: ModelSettings) -> tuple[Any, Any]:
+    """The builder of a torchvision model, and the weights that it knows by name.
+
+    Raises:
+        ConfigError: it has no such model, or the settings name no weights.
+    """
+    name, where = settings.source.torchvision or "", f"models.{settings.name}"
+    try:
+        builder = torchvision.models.get_model_builder(name)
+        known = torchvision.models.get_model_weights(name)
+    except ValueError:
+        raise ConfigError(f"{where}.source: torchvision has no model named {name!r}") from None
+    if settings.weights is None:
+        raise ConfigError(f"{where}.weights: give a file, or one of {', '.join(w.name for w in known)}")
+    return builder, known
+
+
+def with_named_weights(settings: ModelSettings, builder: Any, known: Any, **options: Any) -> tuple[nn.Module, Any]:
+    """The model with the weights that torchvision has under this name, and what torchvision says of these.
+
+    Raises:
+        ConfigError: there is no such name, or they cannot be downloaded.
+    """
+    where = f"models.{settings.name}.weights"
+    try:
+        weights = known[settings.weights]
+    except KeyError:
+        raise ConfigError(
+            f"{where}: {settings.source.torchvision} has no weights named {settings.weights!r}; it has "
+            f"{', '.join(w.name for w in known)} (a file needs a path to it)"
+        ) from None
+    try:
+        return cast(nn.Module, builder(weights=weights, **options)), weights
+    except OSError as error:  # URLError is one
+        raise ConfigError(
+            f"{where}: {settings.weights} could not be downloaded ({error}); "
+            "download it elsewhere and give the file's path"
+        ) from None
 
 
 def _sized_like(builder: Any, state: Mapping[str, Tensor], settings: ModelSettings) -> nn.Module:
@@ -156,6 +175,15 @@ def _sized_like(builder: Any, state: Mapping[str, Tensor], settings: ModelSettin
 
 
 def _python(settings: ModelSettings) -> tuple[nn.Module, None, tuple[str, ...]]:
+    return from_python(settings), None, ()
+
+
+def from_python(settings: ModelSettings) -> nn.Module:
+    """What the user's own factory gives, with the weights of a file where one is named.
+
+    Raises:
+        ConfigError: it cannot be imported or called, gives something else, or the weights do not fit.
+    """
     path = settings.source.python or ""
     where = f"models.{settings.name}.source"
     module_name, _, attribute = path.partition(":")
@@ -171,12 +199,16 @@ def _python(settings: ModelSettings) -> tuple[nn.Module, None, tuple[str, ...]]:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{where}: {path}() gives a {type(model).__name__}, not a torch.nn.Module")
     if settings.weights:
-        _fit(model, _read_state(Path(settings.weights)), settings)
-    return model, None, ()
+        fit(model, read_state(Path(settings.weights)), settings)
+    return model
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    """Read a state dict; pickled code is never run."""
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """Read a state dict; pickled code is never run.
+
+    Raises:
+        ConfigError: the file holds none.
+    """
     try:
         if path.suffix == ".safetensors":
             return cast(Mapping[str, Tensor], safetensors.torch.load_file(path))
@@ -192,7 +224,12 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     return cast(Mapping[str, Tensor], state)
 
 
-def _fit(module: nn.Module, state: Mapping[str, Tensor], settings: ModelSettings) -> None:
+def fit(module: nn.Module, state: Mapping[str, Tensor], settings: ModelSettings) -> None:
+    """Load a state dict into a module.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
     where = f"models.{settings.name}.weights: {settings.weights}"
     try:
         keys = module.load_state_dict(state, strict=False)
@@ -230,7 +267,8 @@ def _count_classes(settings: ModelSettings, module: nn.Module, spec: InputSpec) 
     return logits.shape[1]
 
 
-def _digest(module: nn.Module) -> str:
+def digest_of(module: nn.Module) -> str:
+    """A name for a module's weights, 16 hexadecimal digits."""
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         sha.update(name.encode())

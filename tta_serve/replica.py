@@ -13,7 +13,8 @@ from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
 from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
-from tta_serve.service import Limits, Service
+from tta_serve.model_service import Limits
+from tta_serve.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,9 @@
-"""The use cases around one model, knowing nothing of HTTP or Ray: predict, look at streams, command them."""
+"""The use cases around one classifier, knowing nothing of HTTP or Ray: predict, and learn beside it."""
 
 import asyncio
-import contextlib
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -16,24 +14,19 @@ from torch import Tensor
 
 from tta_serve import images
 from tta_serve.batching import Batcher
-from tta_serve.engine import Answer, AnswerKind, Engine, Learned, Lesson, Query
-from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
+from tta_serve.engine import Answer, AnswerKind, Engine, Lesson, Query
+from tta_serve.errors import InvalidInput, Overloaded, Unavailable
+from tta_serve.judging import Learned
 from tta_serve.learner import Learner, Pools
 from tta_serve.metrics import Metrics
+from tta_serve.model_service import Limits, ModelService
 from tta_serve.models import InputSpec
-from tta_serve.streams import StreamRecord
-from tta_serve.views import DEFAULT_STREAM, StreamHistory, StreamPage, StreamView, check_stream, history_of
+from tta_serve.views import DEFAULT_STREAM, check_stream
+from tta_serve.watch import Reading
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Limits(NamedTuple):
-    """What one request may hold."""
-
-    image_pixels: int
-    images_per_request: int
 
 
 class Prediction(NamedTuple):
@@ -54,8 +47,8 @@ class _Asked(NamedTuple):
     asked_s: float
 
 
-class Service:
-    """One model: requests in, answers out, adaptation beside.
+class Service(ModelService):
+    """One classifier: requests in, answers out, adaptation beside.
 
     Args:
         engine: the model and its states.
@@ -83,12 +76,9 @@ class Service:
         pools: Pools,
         budget: float,
     ) -> None:
+        super().__init__(engine.streams, labels, metrics, mode=mode, limits=limits)
         self.engine = engine
         self.spec = spec
-        self.labels = labels
-        self.metrics = metrics
-        self.mode = mode
-        self.limits = limits
         self._batcher: Batcher[_Asked, tuple[Answer, Lesson]] = Batcher(
             self._answer,
             rows_max=1 if mode == "sync" else batch_rows_max,  # a request is never split: 1 row means 1 request
@@ -96,29 +86,21 @@ class Service:
             afterwards=self._after,
         )
         self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
-        self._decoders = ThreadPoolExecutor(2, "tta-decode")
         self._learner = Learner(engine, pools, budget, self._count_learned, self._count_skipped)
         self._stepping: dict[str, int] = {}  # rows of each stream in the step that runs now, in `sync` mode
-        self._running = False
 
     async def start(self) -> None:
-        """Open for requests."""
         self._batcher.start()
         if self.mode == "async":
             self._learner.start()
         self._running = True
 
     async def stop(self) -> None:
-        """Close; a forward or step at hand is finished first."""
         self._running = False
         await self._batcher.stop()
         await asyncio.to_thread(self._learner.stop)
         self._device.shutdown()
         self._decoders.shutdown()
-
-    @property
-    def ready(self) -> bool:
-        return self._running
 
     async def decode(self, contents: Sequence[bytes]) -> Tensor:
         """Decode pictures into uint8 [n, 3, H, W].
@@ -127,8 +109,7 @@ class Service:
             TooLarge, InvalidInput: see `images.decode`.
             Unavailable: the service is not running.
         """
-        if not self._running:
-            raise Unavailable("the server is not running")
+        self.check_running()
         self.check_count(len(contents))
         began_s = time.monotonic()
         limit = self.limits.image_pixels
@@ -139,24 +120,6 @@ class Service:
         x = await self._on(self._decoders, decode_all)
         self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="decode")
         return x
-
-    async def off_loop(self, call: Callable[[], T]) -> T:
-        """Run something slow beside the event loop, where pictures are decoded.
-
-        Raises:
-            Unavailable: the service is stopping.
-        """
-        return await self._on(self._decoders, call)
-
-    def check_count(self, count: int) -> None:
-        """Raise unless a request may hold that many images."""
-        if count < 1:
-            raise InvalidInput("the request holds no image")
-        if count > self.limits.images_per_request:
-            raise TooLarge(
-                f"{count} images in one request; the limit is {self.limits.images_per_request} "
-                "(limits.images_per_request)"
-            )
 
     def to_input(self, array: NDArray[Any]) -> Tensor:
         """Check a client's tensor and take it as the model's input.
@@ -215,120 +178,22 @@ class Service:
             )
         return prediction
 
-    def streams(self, limit: int, offset: int = 0, prefix: str = "", *, without: tuple[str, ...] = ()) -> StreamPage:
-        """A page of the streams whose names begin with `prefix` and with none of `without`."""
-        names = [
-            name for name in self.engine.streams.names() if name.startswith(prefix) and not name.startswith(without)
-        ]
-        views = []
-        for name in names[offset : offset + limit]:
-            with contextlib.suppress(NotFound):  # deleted since
-                views.append(self.view(name))
-        return StreamPage(views, len(names))
+    @property
+    def waiting_rows(self) -> int:
+        return self._batcher.waiting_rows
 
-    def view(self, stream: str) -> StreamView:
-        """A stream as it stands.
+    def pending_rows(self, stream: str | None = None) -> int:
+        waiting = self._learner.pending_rows(stream)
+        return waiting + (sum(self._stepping.values()) if stream is None else self._stepping.get(stream, 0))
 
-        Raises:
-            InvalidInput, NotFound: a bad name; no such stream.
-        """
-        check_stream(stream)
-        record, reading = self.engine.streams.record(stream), self.engine.reading(stream)
-        forgetting, forgetting_error = record.forgetting or (None, None)
-        return StreamView(
-            stream=stream,
-            mode=self.mode,
-            version=record.version,
-            incarnation=record.incarnation,
-            steps=record.steps,
-            seen=record.seen,
-            reliable=record.reliable,
-            selected=record.selected,
-            selected_share=record.selected / record.seen if record.seen else None,
-            refused=record.refused,
-            trips=record.trips,
-            frozen=record.frozen,
-            gated=self.engine.gated(stream),
-            entropy=record.entropy,
-            drift=reading.drift if reading and math.isfinite(reading.drift) else None,
-            flip_rate=reading.flip_rate if reading else None,
-            forgetting=forgetting,
-            forgetting_standard_error=forgetting_error,
-            pending_rows=self._learner.pending_rows(stream) + self._stepping.get(stream, 0),
-            versions=tuple(self.engine.streams.versions(stream)),
-            resident=record.row is not None,
-            state_bytes=self.engine.streams.bytes_of(stream),
-        )
-
-    def history(self, stream: str) -> StreamHistory:
-        """What happened to a stream, and the versions that are kept of it.
-
-        Raises:
-            InvalidInput, NotFound: a bad name; no such stream.
-        """
-        check_stream(stream)
-        return history_of(stream, self.engine.streams.record(stream), self.engine.streams.versions(stream))
-
-    async def reset(self, stream: str) -> StreamView:
-        """Begin a stream's life anew; rows that wait are dropped, here and in the commands below.
-
-        Raises:
-            InvalidInput, NotFound: a bad name; no such stream.
-            Unavailable: the service is stopping.
-        """
-        await self._command(stream, self.engine.streams.reset)
-        return self.view(stream)
-
-    async def freeze(self, stream: str) -> StreamView:
-        """Let a stream answer as it does now, and learn nothing until `resume`.
-
-        Raises:
-            InvalidInput, NotFound, Unavailable: see `reset`.
-        """
-        await self._command(stream, self.engine.streams.freeze)
-        return self.view(stream)
-
-    async def resume(self, stream: str) -> StreamView:
-        """Let a frozen stream learn again.
-
-        Raises:
-            InvalidInput, NotFound, Unavailable: see `reset`.
-        """
-        await self._command(stream, self.engine.streams.resume)
-        return self.view(stream)
-
-    async def rollback(self, stream: str, version: int) -> StreamView:
-        """Go back to the state of an earlier version, under a new version.
-
-        Raises:
-            InvalidInput: a bad name.
-            NotFound: no such stream, or the version is not kept.
-            Unavailable: the version cannot be read, or the service is stopping.
-        """
-        await self._command(stream, lambda stream: self.engine.streams.rollback(stream, version))
-        return self.view(stream)
-
-    async def delete(self, stream: str) -> None:
-        """Forget a stream.
-
-        Raises:
-            InvalidInput, NotFound, Unavailable: see `reset`.
-        """
-        await self._command(stream, self.engine.streams.delete)
-
-    async def _command(self, stream: str, command: Callable[[str], StreamRecord | None]) -> None:
-        check_stream(stream)
-        await self.off_loop(lambda: command(stream))  # it may read or remove files
+    def drop_pending(self, stream: str) -> None:
         self._learner.forget(stream)
 
-    def metrics_text(self) -> str:
-        """Prometheus text, gauges read now."""
-        names = self.engine.streams.names()
-        self.metrics.set("tta_waiting_rows", self._batcher.waiting_rows)
-        self.metrics.set("tta_pending_rows", self._learner.pending_rows())
-        self.metrics.set("tta_streams", len(names))
-        self.metrics.set("tta_state_bytes", self.engine.streams.bytes())
-        return self.metrics.text()
+    def reading(self, stream: str) -> Reading | None:
+        return self.engine.reading(stream)
+
+    def gated(self, stream: str) -> bool:
+        return self.engine.gated(stream)
 
     async def _answer(self, batch: Sequence[_Asked]) -> Sequence[tuple[Answer, Lesson]]:
         began_s = time.monotonic()
@@ -390,14 +255,6 @@ class Service:
 
     def _count_skipped(self, rows: int, reason: str) -> None:
         self.metrics.count("tta_skipped_rows_total", rows, reason=reason)
-
-    async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(executor, call)
-        except RuntimeError as error:
-            if not self._running and "shutdown" in str(error):
-                raise Unavailable("the server is stopping") from None
-            raise
 
 
 def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from adapters import Moments, Pipeline, optim, tree
 from tta_serve import table as table_module
-from tta_serve.engine import Engine, Learned, Lesson, Query
+from tta_serve.engine import Engine, Lesson, Query
+from tta_serve.judging import Learned
 from tta_serve.learner import OBSERVED_MAX, Learner, Pools
 from tta_serve.snapshots import Folder
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from adapters import Moments
 from tta_serve import learner as module
-from tta_serve.engine import Learned, Lesson
+from tta_serve.engine import Lesson
+from tta_serve.judging import Learned
 from tta_serve.learner import STEP_ROWS_MAX, Learner, Pools
 
 WAIT_S = 20.0  # for what happens at once, unless it never does

@@ -15,7 +15,8 @@ from adapters.drift import Drift, drift_prior
 from adapters.forgetting import Forgetting, Probe
 from adapters.guards import GuardConfig
 from tta_serve import monitor as module
-from tta_serve.engine import GOOD_EVERY_STEPS, Engine, Learned, Query
+from tta_serve.engine import GOOD_EVERY_STEPS, Engine, Query
+from tta_serve.judging import Learned
 from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.watch import CALM_CHECKS, CHECK_EVERY_LOTS, CHECK_ROWS
 

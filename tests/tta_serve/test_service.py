@@ -15,12 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 from adapters import Pipeline
-from tta_serve.engine import Engine, Learned, Lesson, Query
+from tta_serve.engine import Engine, Lesson, Query
 from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
+from tta_serve.judging import Learned
 from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
+from tta_serve.model_service import Limits
 from tta_serve.models import InputSpec
-from tta_serve.service import Limits, Service, probabilities
+from tta_serve.service import Service, probabilities
 from tta_serve.views import check_stream
 from tta_serve.watch import Reading
 

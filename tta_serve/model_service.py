@@ -1,0 +1,223 @@
+"""The use cases around one model, whatever its task: look at streams, command them. Knows nothing of HTTP or Ray."""
+
+import asyncio
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from tta_serve.errors import InvalidInput, NotFound, TooLarge, Unavailable
+from tta_serve.metrics import Metrics
+from tta_serve.states import States
+from tta_serve.streams import StreamRecord
+from tta_serve.views import StreamHistory, StreamPage, StreamView, check_stream, history_of
+from tta_serve.watch import Reading
+
+T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """What one request may hold."""
+
+    image_pixels: int
+    images_per_request: int
+
+
+class ModelService(ABC):
+    """One model's streams and what all its requests share.
+
+    Args:
+        states: of its streams.
+        labels: names of its classes.
+        metrics: where everything is counted.
+        mode: `sync`, `async` or `frozen`.
+        limits: of one request.
+    """
+
+    def __init__(self, states: States, labels: tuple[str, ...], metrics: Metrics, *, mode: str, limits: Limits) -> None:
+        self.labels = labels
+        self.metrics = metrics
+        self.mode = mode
+        self.limits = limits
+        self._states = states
+        self._decoders = ThreadPoolExecutor(2, "tta-decode")
+        self._running = False
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Open for requests."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close; a forward or step at hand is finished first."""
+
+    @property
+    @abstractmethod
+    def waiting_rows(self) -> int:
+        """Rows that wait for a forward."""
+
+    @abstractmethod
+    def pending_rows(self, stream: str | None = None) -> int:
+        """Rows that wait or are being learned from, of one stream or of all."""
+
+    @abstractmethod
+    def drop_pending(self, stream: str) -> None:
+        """Drop what waits of a stream."""
+
+    def reading(self, stream: str) -> Reading | None:  # noqa: ARG002  # for those that look at their streams
+        """The last check of a stream; None before the first."""
+        return None
+
+    def gated(self, stream: str) -> bool:  # noqa: ARG002
+        """Whether a stream is spared its steps because it is like the source."""
+        return False
+
+    @property
+    def ready(self) -> bool:
+        return self._running
+
+    def check_running(self) -> None:
+        """Raise unless requests are taken."""
+        if not self._running:
+            raise Unavailable("the server is not running")
+
+    async def off_loop(self, call: Callable[[], T]) -> T:
+        """Run something slow beside the event loop, where pictures are decoded.
+
+        Raises:
+            Unavailable: the service is stopping.
+        """
+        return await self._on(self._decoders, call)
+
+    def check_count(self, count: int) -> None:
+        """Raise unless a request may hold that many images."""
+        if count < 1:
+            raise InvalidInput("the request holds no image")
+        if count > self.limits.images_per_request:
+            raise TooLarge(
+                f"{count} images in one request; the limit is {self.limits.images_per_request} "
+                "(limits.images_per_request)"
+            )
+
+    def streams(self, limit: int, offset: int = 0, prefix: str = "", *, without: tuple[str, ...] = ()) -> StreamPage:
+        """A page of the streams whose names begin with `prefix` and with none of `without`."""
+        names = [name for name in self._states.names() if name.startswith(prefix) and not name.startswith(without)]
+        views = []
+        for name in names[offset : offset + limit]:
+            with contextlib.suppress(NotFound):  # deleted since
+                views.append(self.view(name))
+        return StreamPage(views, len(names))
+
+    def view(self, stream: str) -> StreamView:
+        """A stream as it stands.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+        """
+        check_stream(stream)
+        record, reading = self._states.record(stream), self.reading(stream)
+        forgetting, forgetting_error = record.forgetting or (None, None)
+        return StreamView(
+            stream=stream,
+            mode=self.mode,
+            version=record.version,
+            incarnation=record.incarnation,
+            steps=record.steps,
+            seen=record.seen,
+            reliable=record.reliable,
+            selected=record.selected,
+            selected_share=record.selected / record.seen if record.seen else None,
+            refused=record.refused,
+            trips=record.trips,
+            frozen=record.frozen,
+            gated=self.gated(stream),
+            entropy=record.entropy,
+            drift=reading.drift if reading and math.isfinite(reading.drift) else None,
+            flip_rate=reading.flip_rate if reading else None,
+            forgetting=forgetting,
+            forgetting_standard_error=forgetting_error,
+            pending_rows=self.pending_rows(stream),
+            versions=tuple(self._states.versions(stream)),
+            resident=record.row is not None,
+            state_bytes=self._states.bytes_of(stream),
+        )
+
+    def history(self, stream: str) -> StreamHistory:
+        """What happened to a stream, and the versions that are kept of it.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+        """
+        check_stream(stream)
+        return history_of(stream, self._states.record(stream), self._states.versions(stream))
+
+    async def reset(self, stream: str) -> StreamView:
+        """Begin a stream's life anew; rows that wait are dropped, here and in the commands below.
+
+        Raises:
+            InvalidInput, NotFound: a bad name; no such stream.
+            Unavailable: the service is stopping.
+        """
+        await self._command(stream, self._states.reset)
+        return self.view(stream)
+
+    async def freeze(self, stream: str) -> StreamView:
+        """Let a stream answer as it does now, and learn nothing until `resume`.
+
+        Raises:
+            InvalidInput, NotFound, Unavailable: see `reset`.
+        """
+        await self._command(stream, self._states.freeze)
+        return self.view(stream)
+
+    async def resume(self, stream: str) -> StreamView:
+        """Let a frozen stream learn again.
+
+        Raises:
+            InvalidInput, NotFound, Unavailable: see `reset`.
+        """
+        await self._command(stream, self._states.resume)
+        return self.view(stream)
+
+    async def rollback(self, stream: str, version: int) -> StreamView:
+        """Go back to the state of an earlier version, under a new version.
+
+        Raises:
+            InvalidInput: a bad name.
+            NotFound: no such stream, or the version is not kept.
+            Unavailable: the version cannot be read, or the service is stopping.
+        """
+        await self._command(stream, lambda stream: self._states.rollback(stream, version))
+        return self.view(stream)
+
+    async def delete(self, stream: str) -> None:
+        """Forget a stream.
+
+        Raises:
+            InvalidInput, NotFound, Unavailable: see `reset`.
+        """
+        await self._command(stream, self._states.delete)
+
+    async def _command(self, stream: str, command: Callable[[str], StreamRecord | None]) -> None:
+        check_stream(stream)
+        await self.off_loop(lambda: command(stream))  # it may read or remove files
+        self.drop_pending(stream)
+
+    def metrics_text(self) -> str:
+        """Prometheus text, gauges read now."""
+        names = self._states.names()
+        self.metrics.set("tta_waiting_rows", self.waiting_rows)
+        self.metrics.set("tta_pending_rows", self.pending_rows())
+        self.metrics.set("tta_streams", len(names))
+        self.metrics.set("tta_state_bytes", self._states.bytes())
+        return self.metrics.text()
+
+    async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, call)
+        except RuntimeError as error:
+            if not self._running and "shutdown" in str(error):
+                raise Unavailable("the server is stopping") from None
+            raise
