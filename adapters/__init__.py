@@ -15,18 +15,25 @@ from adapters.base import (
     Report,
     UnsupportedModel,
 )
+from adapters.detection import Boxes, DetectionLoss, Detections
 from adapters.drift import Drift, DriftPrior, DriftReading, drift_prior
 from adapters.eata import EATA, EATAConfig, EATAPrior, EATAState
 from adapters.forgetting import Forgetting, Forgot, Probe
 from adapters.guards import GuardConfig, Guarded, GuardedState, Trip, trip_names
+from adapters.modtr import ModTr, ModTrConfig, ModTrState, SharedConfig, SharedState, SharedWeights, Taught
 from adapters.norm import Modulation, Network, Statistics
 from adapters.source import Source
+from adapters.translator import SIZES, Translator, TranslatorConfig, folded
 
 __all__ = [
     "EATA",
+    "SIZES",
     "Adapter",
     "AdapterError",
     "Batch",
+    "Boxes",
+    "DetectionLoss",
+    "Detections",
     "Drift",
     "DriftPrior",
     "DriftReading",
@@ -39,6 +46,9 @@ __all__ = [
     "GuardConfig",
     "Guarded",
     "GuardedState",
+    "ModTr",
+    "ModTrConfig",
+    "ModTrState",
     "Modulation",
     "Moments",
     "Network",
@@ -47,10 +57,17 @@ __all__ = [
     "PipelineState",
     "Probe",
     "Report",
+    "SharedConfig",
+    "SharedState",
+    "SharedWeights",
     "Source",
     "Statistics",
+    "Taught",
+    "Translator",
+    "TranslatorConfig",
     "Trip",
     "UnsupportedModel",
     "drift_prior",
+    "folded",
     "trip_names",
 ]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from adapters import tree
+from adapters.detection import Boxes
 
 if TYPE_CHECKING:  # norm.py stands on this file
     from adapters.norm import Modulation, Network
@@ -94,6 +95,7 @@ class Batch(NamedTuple):
     output: Output | None = None  # as answered; None where it was not kept
     frozen_logits: Tensor | None = None  # of the frozen network for the same rows; NaN where it was not asked; [B, C]
     targets: Tensor | None = None  # labels, from feedback
+    boxes: tuple[Boxes, ...] | None = None  # what is in each of the B images, from feedback
 
 
 class Report(NamedTuple):

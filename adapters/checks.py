@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapters import tree
 from adapters.base import Batch, Groups, Output, Pipeline, PipelineState, Report
+from adapters.detection import Boxes
 
 STREAMS = (2, 0, 2, 0)  # whose request each of the four is; of the table's rows 0 … 3, 1 and 3 stay without data
 ACTIVE, IDLE = (0, 2), (1, 3)
@@ -24,6 +25,7 @@ def check_adapter(
     x: Tensor,
     *,
     targets: Tensor | None = None,
+    boxes: Sequence[Boxes] | None = None,
     learns: bool = True,
     guarded: bool = False,
     tolerance: float = 1e-5,
@@ -37,6 +39,7 @@ def check_adapter(
         make: builds the pipeline with the adapter at its site; called once for each law.
         x: at least 16 rows, [B, …], different enough that every adapter that learns does learn from them.
         targets: labels, for adapters that learn from feedback, [B, …].
+        boxes: of each of the B images, for those that learn from boxes.
         learns: whether the adapter shall learn from `x`; a law too, for a suite in which nothing moves proves nothing.
         guarded: whether the adapter promises finite states whatever it is given (`Guarded`).
         tolerance: largest difference, absolute or relative, where laws allow one.
@@ -60,7 +63,7 @@ def check_adapter(
             raise ValueError(f"no law is called {name!r}; there are: {', '.join(LAWS)}")
         law = _LAWS[name]
         try:
-            law(_case(make, x, targets, learns, guarded, tolerance))
+            law(_case(make, x, targets, boxes, learns, guarded, tolerance))
         except Exception as error:
             found = str(error) if isinstance(error, AssertionError) else repr(error)
             raise AssertionError(
@@ -75,6 +78,7 @@ class _Case(NamedTuple):
     states: PipelineState
     x: Tensor
     targets: Tensor | None
+    boxes: tuple[Boxes, ...] | None
     learns: bool
     guarded: bool
     tolerance: float
@@ -85,12 +89,20 @@ class _Case(NamedTuple):
 
 
 def _case(
-    make: Callable[[], Pipeline], x: Tensor, targets: Tensor | None, learns: bool, guarded: bool, tolerance: float
+    make: Callable[[], Pipeline],
+    x: Tensor,
+    targets: Tensor | None,
+    boxes: Sequence[Boxes] | None,
+    learns: bool,
+    guarded: bool,
+    tolerance: float,
 ) -> _Case:
     pipeline = make()
     fresh = tree.stack([pipeline.init() for _ in range(4)])
-    case = _Case(pipeline, fresh, x, targets, learns, guarded, tolerance)
-    warm = case._replace(x=x.flip(0), targets=None if targets is None else targets.flip(0))
+    known = None if boxes is None else tuple(boxes)
+    case = _Case(pipeline, fresh, x, targets, known, learns, guarded, tolerance)
+    backwards = torch.arange(len(x), device=x.device).flip(0)
+    warm = case._replace(x=x[backwards], targets=_at(targets, backwards), boxes=_boxes_at(known, backwards))
     rows, batch = _play(warm, streams=(1, 0, 1, 0))
     states, _ = pipeline.adapt(fresh, rows, batch)
     return case._replace(states=states)
@@ -111,8 +123,16 @@ def _play(
     weight = torch.tensor([weights[g] for g in requests], dtype=x.dtype).repeat_interleave(counts).to(x.device)
     groups = Groups.of(tuple(sizes[g] for g in requests), x.device)
     output = case.pipeline.predict(case.states, rows, groups, x[place])
-    targets = None if case.targets is None else case.targets[place]
-    return rows, Batch(x[place], groups, weight, output, targets)
+    targets, boxes = _at(case.targets, place), _boxes_at(case.boxes, place)
+    return rows, Batch(x[place], groups, weight, output, targets=targets, boxes=boxes)
+
+
+def _at(targets: Tensor | None, place: Tensor) -> Tensor | None:
+    return None if targets is None else targets[place]
+
+
+def _boxes_at(boxes: tuple[Boxes, ...] | None, place: Tensor) -> tuple[Boxes, ...] | None:
+    return None if boxes is None else tuple(boxes[i] for i in place.tolist())
 
 
 def _adapt(case: _Case, **how: Any) -> tuple[PipelineState, Report]:
@@ -219,8 +239,8 @@ def _order_does_not_matter(case: _Case) -> None:
     groups = batch.groups._replace(index=batch.groups.index[order])
     output = case.pipeline.predict(case.states, rows[order], groups, batch.x[order])
     _near("the answers", output.logits, batch.output.logits[order], case.tolerance)
-    targets = None if batch.targets is None else batch.targets[order]
-    shuffled = Batch(batch.x[order], groups, batch.weights[order], output, targets)
+    targets, boxes = _at(batch.targets, order), _boxes_at(batch.boxes, order)
+    shuffled = Batch(batch.x[order], groups, batch.weights[order], output, targets=targets, boxes=boxes)
     expected, _ = case.pipeline.adapt(case.states, rows, batch)
     new, _ = case.pipeline.adapt(case.states, rows[order], shuffled)
     _near("the new states", new, expected, case.tolerance)

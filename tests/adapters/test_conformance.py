@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +12,22 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import adapters
-from adapters import EATA, Batch, EATAConfig, EATAPrior, Groups, Guarded, Network, Pipeline, Source, tree
+from adapters import (
+    EATA,
+    Batch,
+    Boxes,
+    EATAConfig,
+    EATAPrior,
+    Groups,
+    Guarded,
+    ModTr,
+    Network,
+    Pipeline,
+    Source,
+    Translator,
+    TranslatorConfig,
+    tree,
+)
 from adapters.checks import LAWS, check_adapter
 
 CLASSES = 4
@@ -25,6 +40,27 @@ def eata(network: Network, **settings: Any) -> EATA:
     config = EATAConfig(**{"entropy_margin": 1.1, "redundancy_margin": 0.95, **settings})
     prior = EATAPrior(torch.linspace(0.1, 2.0, 2 * network.channels)) if config.anchor == "fisher" else None
     return EATA(network, CLASSES, prior, config)
+
+
+def modtr(fusion: Any) -> ModTr:
+    """ModTr around a small translator that has been trained: its last layer looks at the image."""
+    translator = Translator(TranslatorConfig(3, width=4, depth=2, fusion=fusion), torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(translator.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    return ModTr(translator, brightness_in_boxes)
+
+
+def brightness_in_boxes(images: Sequence[Tensor], targets: Sequence[Boxes]) -> Tensor:
+    """A detector's loss in small: inside its box an image shall be as bright as a tenth of the label."""
+    losses = []
+    for image, (boxes, labels) in zip(images, targets, strict=True):
+        for (x1, y1, x2, y2), label in zip(boxes.int().tolist(), labels, strict=True):
+            losses.append((image[:, y1:y2, x1:x2] - label / 10).square().mean())
+    return torch.stack(losses).mean()
+
+
+def boxes_for(rows: int) -> tuple[Boxes, ...]:
+    """One box an image, of four places, with labels 1 … 7."""
+    return tuple(Boxes(torch.tensor([[i % 2, i % 4 // 2, 4.0, 5.0]]), torch.tensor([1 + i % 7])) for i in range(rows))
 
 
 class Kind(NamedTuple):
@@ -52,25 +88,35 @@ KINDS = {
         guarded=True,
     ),
     "guarded-source": Kind(lambda network: Guarded(Source(network)), learns=False, guarded=True),
+    "modtr-multiply": Kind(lambda _: modtr("multiply"), guarded=True),  # it guards itself
+    "modtr-add": Kind(lambda _: modtr("add"), guarded=True),
 }
 EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "guarded-eata-batch-adam")
-WITH_STATISTICS = tuple(KINDS)
+INPUT = ("modtr-multiply", "modtr-add")
+WITH_STATISTICS = tuple(kind for kind in KINDS if kind not in INPUT)
 CASES = [
     *(("batch_norm_2d", kind) for kind in WITH_STATISTICS),
     *(("batch_norm_1d", kind) for kind in WITH_STATISTICS),
     *(("group_norm", kind) for kind in EVERYWHERE),
     *(("layer_norm", kind) for kind in EVERYWHERE),
+    *(("batch_norm_2d", kind) for kind in INPUT),
 ]
 
 
 def pipeline(build: Build, model: str, kind: str) -> Pipeline:
     network = Network(build(model, CLASSES))
-    return Pipeline(network, norm=KINDS[kind].make(network))
+    made = KINDS[kind].make(network)
+    return Pipeline(network, **{made.site: made})
+
+
+def rows_for(kind: str, images: Images, rows: int) -> tuple[Tensor, tuple[Boxes, ...] | None]:
+    """Images, and what is in them where the adapter learns from that: then they are between 0 and 1."""
+    return (images(rows).sigmoid(), boxes_for(rows)) if kind in INPUT else (images(rows), None)
 
 
 def test_the_table_of_cases_is_complete() -> None:
     assert len(LAWS) == 16
-    assert len(CASES) == 26
+    assert len(CASES) == 28
     network = Network(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, CLASSES)))
     covered: set[type] = set()
     for kind in KINDS.values():
@@ -102,7 +148,8 @@ def discovered() -> set[type]:
 @pytest.mark.parametrize(("model", "kind"), CASES, ids=lambda each: each)
 def test_adapter_obeys(law: str, model: str, kind: str, build: Build, images: Images) -> None:
     _, learns, guarded = KINDS[kind]
-    check_adapter(lambda: pipeline(build, model, kind), images(20), laws=[law], learns=learns, guarded=guarded)
+    x, boxes = rows_for(kind, images, 20)
+    check_adapter(lambda: pipeline(build, model, kind), x, boxes=boxes, laws=[law], learns=learns, guarded=guarded)
 
 
 @pytest.mark.parametrize("rows", [16, 27])
@@ -117,7 +164,8 @@ def test_states_survive_safetensors_bit_for_bit(model: str, kind: str, build: Bu
     made = pipeline(build, model, kind)
     states = tree.stack([made.init(), made.init()])
     rows = torch.tensor([0] * 9 + [1])
-    states, _ = made.adapt(states, rows, Batch(images(10), Groups.of((9, 1)), torch.ones(10)))
+    x, boxes = rows_for(kind, images, 10)
+    states, _ = made.adapt(states, rows, Batch(x, Groups.of((9, 1)), torch.ones(10), boxes=boxes))
     for state in (made.init(), tree.row(states, 0), tree.row(states, 1)):
         decoded = tree.decode(made.init(), load(save(tree.encode(state))))
         for (name, found), (_, expected) in zip(tree.leaves(decoded), tree.leaves(state), strict=True):
