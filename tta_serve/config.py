@@ -21,6 +21,9 @@ from pydantic import (
 from tta_serve.errors import ConfigError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+MODALITY_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+DETECTORS = ("fasterrcnn_", "fcos_", "retinanet_", "ssd300_", "ssdlite320_")  # of torchvision, by how names begin
+RGB = "rgb"  # the modality that needs no translator
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # a stream's, without the ':' that ends the prefix
 
 
@@ -55,9 +58,27 @@ def _tenant(name: str) -> str:
     return name
 
 
+def _modality(name: str) -> str:
+    if not MODALITY_PATTERN.fullmatch(name) or name == RGB:
+        raise ValueError(
+            f"{name[:100]!r} cannot name a translator's modality: 1 to 32 small letters, digits, '_' or '-', beginning "
+            f"with a letter or digit, and not {RGB!r}, which needs none"
+        )
+    return name
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    return path
+
+
 Count = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
 File = Annotated[Path, AfterValidator(_existing_file)]
+Folder = Annotated[Path, AfterValidator(_existing_folder)]
 Tenant = Annotated[str, AfterValidator(_tenant)]
+Modality = Annotated[str, AfterValidator(_modality)]
+Task = Literal["classification", "detection"]
 
 
 class Settings(BaseModel):
@@ -108,7 +129,7 @@ class InputSettings(Settings):
 class SourceSettings(Settings):
     """Where a model comes from: exactly one of three."""
 
-    builtin: Literal["digits", "noop"] | None = None
+    builtin: Literal["digits", "digit-scenes", "noop"] | None = None
     torchvision: str | None = Field(None, pattern=r"^[a-z0-9_]+$")
     python: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")  # module:attribute, a factory
 
@@ -149,28 +170,65 @@ class EATASettings(Settings):
     class_mix_rate: float = Field(0.3, ge=0, lt=1)
 
 
+class ModTrSettings(Settings):
+    """Settings of the `modtr` adapter, of a detector. See adapters/modtr.py."""
+
+    learns: Literal["both", "stream", "modality", "nothing"] = "both"  # from feedback: whose parameters
+    stream_learning_rate: float = Field(1e-3, gt=0, le=1)  # of a stream's scale and shift
+    modality_learning_rate: float = Field(1e-4, gt=0, le=1)  # of the weights that its modality's streams share
+    router_confidence: float = Field(0.9, gt=0.5, le=1)  # less sure than that of a modality: no translator
+    ap50_drop_max: float = Field(0.05, ge=0, le=1)  # on a translator's probe, before a guard trips
+
+    @property
+    def shares(self) -> bool:
+        """Whether one stream's feedback changes weights that others answer with."""
+        return self.learns in ("both", "modality")
+
+
 class AdapterSettings(Settings):
     """Which adapter stands around the model."""
 
-    eata: EATASettings | None = None
+    eata: EATASettings | None = None  # classifiers
+    modtr: ModTrSettings | None = None  # detectors
     source: Literal[True] | None = None  # the frozen model
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "AdapterSettings":
-        if (self.eata is None) == (self.source is None):
-            raise ValueError("give exactly one adapter: eata: {…} or source: true")
+        if len([each for each in (self.eata, self.modtr, self.source) if each is not None]) != 1:
+            raise ValueError("give exactly one adapter: eata: {…}, modtr: {…} or source: true")
         return self
 
 
 def _parse_adapter(value: object) -> object:
-    """`eata` and `source` alone are short for the adapter with its defaults."""
-    if value == "eata":
-        return {"eata": {}}
+    """`eata`, `modtr` and `source` alone are short for the adapter with its defaults."""
     if value == "source":
         return {"source": True}
-    if isinstance(value, dict) and value.get("eata", ...) is None:
-        return {**value, "eata": {}}
+    for name in ("eata", "modtr"):
+        if value == name:
+            return {name: {}}
+        if isinstance(value, dict) and value.get(name, ...) is None:
+            return {**value, name: {}}
     return value
+
+
+class TranslatorSettings(Settings):
+    """A translator of `modtr`."""
+
+    file: File  # from `tta-serve train-translator`
+    probe: Folder | None = None  # COCO-format images with boxes: what feedback must not unlearn
+
+
+def _parse_translator(value: object) -> object:
+    """A path alone is short for the file without a probe."""
+    return {"file": value} if isinstance(value, str) else value
+
+
+class FeedbackSettings(Settings):
+    """Detectors: images that are remembered, so that their boxes can come later by the prediction's `id`."""
+
+    remember_images: int = Field(256, ge=0)  # 0: none
+    remember_bytes: ByteSize = ByteSize(64 * 2**20)
+    remember_s: float = Field(600, gt=0)
 
 
 class AdaptationSettings(Settings):
@@ -206,6 +264,7 @@ class ModelSettings(Settings):
 
     name: str = Field(pattern=NAME_PATTERN)
     source: Annotated[SourceSettings, BeforeValidator(_parse_source)]
+    task: Task = Field(default_factory=lambda data: _usual_task(data.get("source")))  # a model from python may detect
     weights: str | None = None  # a name of torchvision's, or a file (.safetensors, .pt)
     input: InputSettings | None = None
     labels: tuple[str, ...] | None = None
@@ -214,7 +273,11 @@ class ModelSettings(Settings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     runtime: Literal["eager", "compile"] = "eager"  # of predictions; compiling takes minutes at the first start
     threads: Literal["auto"] | Count = "auto"  # of one forward on the CPU
-    adapter: Annotated[AdapterSettings, BeforeValidator(_parse_adapter)] = AdapterSettings(eata=EATASettings())
+    adapter: Annotated[AdapterSettings, BeforeValidator(_parse_adapter)] = Field(
+        default_factory=lambda data: _usual_adapter(data.get("task"))
+    )
+    translators: Mapping[Modality, Annotated[TranslatorSettings, BeforeValidator(_parse_translator)]] = {}
+    feedback: FeedbackSettings = FeedbackSettings()
     adaptation: AdaptationSettings = AdaptationSettings()
     batching: BatchingSettings = BatchingSettings()
     streams: StreamSettings = StreamSettings()
@@ -227,15 +290,49 @@ class ModelSettings(Settings):
             )
         if self.source.builtin and self.weights:
             raise ValueError("a built-in model brings its own weights; remove `weights`")
-        if self.source.python and not self.input:
-            raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
         if self.weights and _is_path(self.weights) and not Path(self.weights).is_file():
             raise ValueError(f"weights: {self.weights} is not a file; give the path of a .safetensors or .pt file")
         if self.source.python and self.weights and not _is_path(self.weights):
             raise ValueError(f"weights: {self.weights!r} is not a file (.safetensors, .pt)")
+        if self.task == "detection":
+            return self._fits_detection()
+        if _usual_task(self.source) == "detection":
+            raise ValueError("task: this source is a detector")
+        if self.translators or self.adapter.modtr:
+            raise ValueError("translators and the adapter modtr are for detectors (task: detection)")
+        if self.source.python and not self.input:
+            raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
         if self.source.torchvision and self.weights and _is_path(self.weights) and not self.input:
             raise ValueError("torchvision weights from a file need `input: {size: [height, width], mean: …, std: …}`")
         return self
+
+    def _fits_detection(self) -> "ModelSettings":
+        if self.source.builtin and self.source.builtin != "digit-scenes":
+            raise ValueError(f"task: builtin/{self.source.builtin} is no detector")
+        if self.adapter.eata:
+            raise ValueError("adapter: eata is for classifiers; a detector takes modtr or source")
+        if self.input:
+            raise ValueError("input: a detector resizes and normalises by itself; remove it")
+        if self.runtime != "eager":
+            raise ValueError("runtime: a detector runs in eager")
+        if self.adaptation.mode != "async":
+            raise ValueError("adaptation: a detector learns from feedback alone, which has no mode sync")
+        if self.translators and not self.adapter.modtr:
+            raise ValueError("translators: only the adapter modtr uses them")
+        return self
+
+
+def _usual_task(source: SourceSettings | None) -> Task:
+    """What a source is for, as far as its name says."""
+    name = (source and source.torchvision) or ""
+    detects = name.startswith(DETECTORS) or (source is not None and source.builtin == "digit-scenes")
+    return "detection" if detects else "classification"
+
+
+def _usual_adapter(task: Task | None) -> AdapterSettings:
+    if task == "detection":
+        return AdapterSettings(modtr=ModTrSettings())
+    return AdapterSettings(eata=EATASettings())
 
 
 def _is_path(weights: str) -> bool:
@@ -255,6 +352,17 @@ class Config(Settings):
         names = [model.name for model in self.models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_share_no_weights(self) -> "Config":
+        sharing = [model.name for model in self.models if model.adapter.modtr and model.adapter.modtr.shares]
+        if self.auth.tenants and sharing:
+            raise ValueError(
+                f"auth.tenants: the model {sharing[0]} has weights that all streams of a modality share and that "
+                "feedback changes, so that tenants would change each other's answers; "
+                "set adapter: {modtr: {learns: stream}}"
+            )
         return self
 
 
@@ -326,12 +434,13 @@ def load(path: Path) -> Config:
             f"{path}:{_line(root, problem['loc'])}: {_describe(problem)}"
             + (" (or auto)" if problem["loc"][:-1] in auto else "")
             for problem in problems
-            if problem["loc"][-1:] != (_AUTO,)
+            if problem["loc"][-1:] != (_AUTO,) and problem["type"] != _FOLLOWS
         ]
         raise ConfigError("\n".join(lines)) from None
 
 
 _AUTO = "literal['auto']"  # pydantic's name for that branch of a union
+_FOLLOWS = "default_factory_not_called"  # a default that depends on another setting, which has its own problem
 _BRANCHES = ("function-", "literal[", "constrained-", "[key]")  # steps of a location that are no keys of the file
 
 

@@ -1,9 +1,12 @@
 """From the bytes of a picture to the tensor that a model reads."""
 
 import io
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional
@@ -42,6 +45,53 @@ def decode(content: bytes, spec: InputSpec, pixels_max: int) -> Tensor:
         TooLarge: more pixels than `pixels_max`.
         InvalidInput: not such a picture, or a truncated one.
     """
+    with _opened(content, pixels_max) as image:
+        _check_resized(*image.size, spec, pixels_max)
+        image.load()
+        return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(upright(image)), spec)))
+
+
+def decode_whole(content: bytes, pixels_max: int) -> Tensor:
+    """Decode one JPEG, PNG or WebP and turn it upright, in its own size.
+
+    Returns:
+        uint8 [1, H, W] of a grey picture, else [3, H, W], RGB.
+
+    Raises:
+        TooLarge, InvalidInput: see `decode`.
+    """
+    with _opened(content, pixels_max) as image:
+        image.load()
+        return cast(Tensor, functional.pil_to_tensor(plain(upright(image))))
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """In 8 bits: grey where it is grey, else RGB."""
+    grey = image.mode in ("1", "L", "F") or image.mode.startswith("I")
+    return _to_rgb(image).convert("L") if grey and "transparency" not in image.info else _to_rgb(image)
+
+
+def checked_range(array: NDArray[Any]) -> NDArray[Any]:
+    """Check the numbers of a client's images: uint8 as they are, floats as float32 in [0, 1].
+
+    Raises:
+        InvalidInput: another dtype or range, NaN or infinity; the message names value and limit.
+    """
+    if array.dtype == np.uint8:
+        return array.copy() if not array.flags.writeable else array
+    if array.dtype.kind != "f":
+        raise InvalidInput(f"the input is {array.dtype}; send UINT8 (0 … 255) or FP32 (0 … 1)")
+    low, high = float(array.min()), float(array.max())  # NaN if any is
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InvalidInput("the input holds NaN or infinite values; floats must lie in 0 … 1")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InvalidInput(f"the input spans {low:g} … {high:g}; floats must lie in 0 … 1 (send UINT8 for 0 … 255)")
+    return array.astype(np.float32)
+
+
+@contextmanager
+def _opened(content: bytes, pixels_max: int) -> Iterator[Image.Image]:
+    """The picture, loaded; whatever is wrong with it, or goes wrong with it, is the client's to know."""
     if not content:
         raise InvalidInput("the image is empty (0 bytes)")
     try:
@@ -52,9 +102,7 @@ def decode(content: bytes, spec: InputSpec, pixels_max: int) -> Tensor:
                     f"the image is {width}×{height}, {width * height} pixels; the limit is {pixels_max} "
                     "(limits.image_pixels)"
                 )
-            _check_resized(width, height, spec, pixels_max)
-            image.load()
-            return cast(Tensor, functional.pil_to_tensor(_fit(_to_rgb(_upright(image)), spec)))
+            yield image
     except InvalidInput:
         raise
     except UnidentifiedImageError:
@@ -75,7 +123,7 @@ def _check_resized(width: int, height: int, spec: InputSpec, pixels_max: int) ->
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Turned as EXIF says; Pillow's `exif_transpose` writes all tags anew too, and fails on those of some cameras."""
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)

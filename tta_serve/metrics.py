@@ -22,7 +22,8 @@ TABLE: tuple[tuple[str, type[Counter] | type[Gauge] | type[Histogram], tuple[str
         "Requests for a prediction, by outcome: ok, invalid, refused, failed, gone.",
     ),
     ("tta_images_total", Counter, (), "Images answered."),
-    ("tta_stage_seconds", Histogram, ("stage",), "Time in a stage: decode, queue, predict, learn."),
+    ("tta_modality_images_total", Counter, ("modality",), "Images answered, by the translator used; rgb: none."),
+    ("tta_stage_seconds", Histogram, ("stage",), "Time in a stage: decode, route, queue, predict, learn."),
     ("tta_batch_rows", Histogram, (), "Rows of one forward."),
     ("tta_batch_streams", Histogram, (), "Streams in one forward."),
     (

@@ -135,16 +135,7 @@ class Service(ModelService):
         if array.ndim != 4 or array.shape[1:] != self.spec.shape:
             raise InvalidInput(f"the input has shape {list(array.shape)}; this model reads {expected}".replace("'", ""))
         self.check_count(len(array))
-        if array.dtype == np.uint8:
-            return torch.from_numpy(array.copy() if not array.flags.writeable else array)
-        if array.dtype.kind != "f":
-            raise InvalidInput(f"the input is {array.dtype}; send UINT8 (0 … 255) or FP32 (0 … 1)")
-        low, high = float(array.min()), float(array.max())  # NaN if any is
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise InvalidInput("the input holds NaN or infinite values; floats must lie in 0 … 1")
-        if low < -1e-3 or high > 1 + 1e-3:
-            raise InvalidInput(f"the input spans {low:g} … {high:g}; floats must lie in 0 … 1 (send UINT8 for 0 … 255)")
-        return torch.from_numpy(array.astype(np.float32))
+        return torch.from_numpy(images.checked_range(array))
 
     async def predict(
         self, x: Tensor, stream: str = DEFAULT_STREAM, *, adapt: bool = True, answer: AnswerKind = "adapted"
