@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 from tta_serve import config, metrics
 from tta_serve.http import ModelRoutes
+from tta_serve.http_detection import DetectionRoutes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +47,7 @@ KEYS = [(name, key) for name, model in ALL_SETTINGS.items() for key in model.mod
 
 
 def test_the_settings_are_found() -> None:
-    assert len(ALL_SETTINGS) == 12
+    assert len(ALL_SETTINGS) == 15
     assert ("EATASettings", "class_mix") in KEYS
 
 
@@ -58,20 +60,19 @@ def test_every_setting_is_described(name: str, key: str) -> None:
 def test_every_default_shown_is_the_one_in_force(default: tuple[str, str]) -> None:
     key, shown = default
     actual = {str(model.model_fields[key].default) for model in ALL_SETTINGS.values() if key in model.model_fields}
-    written = {"32MiB": str(32 * 2**20), "25e6": "25000000", "true": "True"}
+    written = {"32MiB": str(32 * 2**20), "64MiB": str(64 * 2**20), "25e6": "25000000", "true": "True"}
     same = {shown, written.get(shown, shown), f"{shown}.0"}
     assert same & actual or key == "adapter", f"{key}: documented {shown}, in force {sorted(actual)}"
 
 
 def test_every_route_is_described() -> None:
-    from tta_serve.service import Service
-
-    def no_service() -> Service:
+    def no_service() -> NoReturn:
         raise AssertionError
 
-    table = ModelRoutes("m", no_service, config.Tokens(infer=None, admin=None)).table
-    assert len(table) == 12
-    for route in table:
+    tokens = config.Tokens(infer=None, admin=None)
+    classifiers, detectors = ModelRoutes("m", no_service, tokens).table, DetectionRoutes("m", no_service, tokens).table
+    assert (len(classifiers), len(detectors)) == (12, 16)
+    for route in (*classifiers, *detectors):
         path = f"/v2/models/{{m}}{route.path}".removesuffix("/")
         assert re.search(rf"{re.escape(path)}[`?]", HTTP), f"{route.method} {path} is not in docs/http.md"
 

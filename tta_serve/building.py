@@ -50,7 +50,7 @@ def build_engine(
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
     runtime = build_runtime(settings.runtime, pipeline.network, model.input.shape, settings.batching.rows_max, threads)
     if folder is not None:
-        _make_private(folder)
+        make_private(folder)
     engine = Engine(
         pipeline,
         device,
@@ -76,7 +76,7 @@ def build_engine(
     return engine, model
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Make a folder and those above it for this user alone; `mkdir(parents=True)` would open the latter to all."""
     for each in (*reversed(folder.parents), folder):
         with contextlib.suppress(FileExistsError):

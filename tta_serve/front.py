@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -14,8 +14,8 @@ from tta_serve import __version__, metrics
 from tta_serve.config import Tokens
 from tta_serve.errors import NotFound, Unavailable
 from tta_serve.http import ModelRoutes, error_handlers
+from tta_serve.http_detection import DetectionRoutes, FeedbackRequest
 from tta_serve.protocol import WireRequest
-from tta_serve.service import Service
 
 ASK_TIMEOUT_S = 1.0  # a replica that takes longer to say a word counts as not answering
 
@@ -113,16 +113,19 @@ async def _metrics(model: ModelClient) -> str | None:
 def _openapi(app: FastAPI, tokens: Tokens) -> dict[str, Any]:
     """One description of the front's routes and of those that every model has."""
 
-    def no_service() -> Service:
+    def no_service() -> NoReturn:
         raise Unavailable("these routes only describe those of the models")
 
     documented = APIRouter()
-    for each in ModelRoutes("{model}", no_service, tokens).table:
+    tables = (*ModelRoutes("{model}", no_service, tokens).table, *DetectionRoutes("{model}", no_service, tokens).table)
+    # a route of both kinds of model is described once; the detector's description knows one header more
+    for each in {(each.method, each.path): each for each in tables}.values():
         path = f"/v2/models/{{model}}{each.path}".removesuffix("/")
         documented.add_api_route(path, each.answer, methods=[each.method], tags=[each.tag], openapi_extra=each.doc)
     schema = get_openapi(title=app.title, version=app.version, routes=[*app.routes, *documented.routes])
-    definitions = WireRequest.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"]
-    schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+    schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+    for body in (WireRequest, FeedbackRequest):
+        schemas.update(body.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"])
     for path, operations in schema["paths"].items():
         for name in re.findall(r"{(\w+)}", path):
             described = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}

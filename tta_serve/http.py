@@ -1,15 +1,12 @@
 """Routes of one model, and the table from errors to statuses."""
 
 import logging
-import reprlib
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from math import ceil
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -20,15 +17,23 @@ from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
 from tta_serve.config import Tokens
 from tta_serve.http_answers import check_outputs, headers_of, outputs_of, ranked, read_options, state_of
-from tta_serve.http_streams import StreamRoutes
-from tta_serve.protocol import format_infer, parse_infer
+from tta_serve.http_routes import (
+    INPUT_NAME,
+    MODEL_VERSION,
+    Endpoint,
+    Routes,
+    infer_answer,
+    new_id,
+    read_infer,
+    read_pictures,
+    ready_answer,
+    stream_endpoints,
+)
+from tta_serve.model_service import ModelService
 from tta_serve.service import Service
 
 log = logging.getLogger(__name__)
 
-MODEL_VERSION = "1"
-INPUT_NAME = "images"
-PARSE_INLINE_BYTES = 256 * 1024
 
 STATUS: dict[type[errors.TTAError], int] = {
     errors.InvalidInput: 400,
@@ -41,16 +46,6 @@ STATUS: dict[type[errors.TTAError], int] = {
     errors.ConfigError: 500,
 }
 _OUTCOME = {400: "invalid", 413: "invalid", 401: "refused", 403: "refused", 404: "invalid", 429: "refused"}
-
-
-class Endpoint(NamedTuple):
-    """One row of the table of a model's routes."""
-
-    method: str
-    path: str  # below the model's prefix
-    answer: Callable[[Request], Awaitable[Response]]
-    tag: str
-    doc: dict[str, Any] | None = None  # what OpenAPI cannot read off the function
 
 
 class ModelRoutes:
@@ -71,18 +66,10 @@ class ModelRoutes:
             Endpoint("GET", "/ready", self.ready, "model"),
             Endpoint("POST", "/infer", self.infer, "predict", http_docs.INFER),
         )
-        streams = StreamRoutes(service, tokens)
         self.table = (
             *self.versioned,
             Endpoint("POST", "/predict", self.predict, "predict", http_docs.PREDICT),
-            Endpoint("GET", "/streams", streams.page, "streams", http_docs.PAGE),
-            Endpoint("GET", "/streams/{stream}", streams.view, "streams", http_docs.VIEW),
-            Endpoint("DELETE", "/streams/{stream}", streams.delete, "streams", http_docs.DELETE),
-            Endpoint("GET", "/streams/{stream}/history", streams.history, "streams", http_docs.HISTORY),
-            Endpoint("POST", "/streams/{stream}/reset", streams.reset, "streams", http_docs.COMMAND),
-            Endpoint("POST", "/streams/{stream}/freeze", streams.freeze, "streams", http_docs.COMMAND),
-            Endpoint("POST", "/streams/{stream}/resume", streams.resume, "streams", http_docs.COMMAND),
-            Endpoint("POST", "/streams/{stream}/rollback", streams.rollback, "streams", http_docs.ROLLBACK),
+            *stream_endpoints(service, tokens),
         )
 
     async def metadata(self, _: Request) -> JSONResponse:
@@ -117,42 +104,23 @@ class ModelRoutes:
 
     async def ready(self, _: Request) -> JSONResponse:
         """Whether the model answers."""
-        ready = self.service().ready
-        return JSONResponse({"name": self.name, "ready": ready}, 200 if ready else 503)
+        return ready_answer(self.name, self.service())
 
     async def infer(self, request: Request) -> Response:
         """Open Inference Protocol v2: tensors in, tensors out; JSON, or with binary tensor data."""
         reach = may_predict(self.tokens, request.headers.get("authorization", ""))
-        body = await request.body()
-        header_length = request.headers.get("inference-header-content-length")
-        if len(body) <= PARSE_INLINE_BYTES:
-            asked = parse_infer(body, header_length)
-        else:  # megabytes of JSON take a second, in which no other request would be heard
-            asked = await self.service().off_loop(lambda: parse_infer(body, header_length))
+        asked = await read_infer(request, self.service)
         options = read_options(request, asked.parameters.get("stream"))
         stream = reach.full(options.stream)
-        unknown = [name for name in asked.tensors if name != INPUT_NAME]
-        if unknown:
-            raise errors.InvalidInput(
-                f"there is no input named {reprlib.repr(unknown[0])}; this model reads one, {INPUT_NAME!r}"
-            )
         wanted = check_outputs(asked.outputs, options.answer)
         service = self.service()
         x = service.to_input(asked.tensors[INPUT_NAME])
         prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
-        header = {
-            "model_name": self.name,
-            "model_version": MODEL_VERSION,
-            "id": asked.id or uuid.uuid4().hex,
-            "parameters": state_of(prediction, options),
-        }
         service.metrics.count("tta_requests_total", outcome="ok")
-        content, json_length = format_infer(header, outputs_of(prediction, wanted), asked.binary_outputs)
-        headers = headers_of(prediction)
-        if json_length is None:
-            return Response(content, media_type="application/json", headers=headers)
-        headers["inference-header-content-length"] = str(json_length)
-        return Response(content, media_type="application/octet-stream", headers=headers)
+        state, outputs = state_of(prediction, options), outputs_of(prediction, wanted)
+        answer = infer_answer(self.name, asked, asked.id or new_id(), state, outputs)
+        answer.headers.update(headers_of(prediction))
+        return answer
 
     async def predict(self, request: Request) -> Response:
         """Pictures in, labels and scores out: a body of JPEG, PNG or WebP, or multipart with several."""
@@ -160,13 +128,13 @@ class ModelRoutes:
         service = self.service()
         options = read_options(request, request.query_params.get("stream"))
         stream = reach.full(options.stream)
-        contents = await self._pictures(request, service)
+        contents = await read_pictures(request, service)
         x = await service.decode(contents)
         prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
         service.metrics.count("tta_requests_total", outcome="ok")
         content: dict[str, Any] = {
             "model_name": self.name,
-            "id": request.headers.get("x-request-id") or uuid.uuid4().hex,
+            "id": request.headers.get("x-request-id") or new_id(),
         }
         if prediction.logits is not None:
             content["predictions"] = ranked(prediction.logits, service.labels)
@@ -175,26 +143,8 @@ class ModelRoutes:
         content["parameters"] = state_of(prediction, options)
         return JSONResponse(content, headers=headers_of(prediction))
 
-    async def _pictures(self, request: Request, service: Service) -> list[bytes]:
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            return [await request.body()]
-        most = service.limits.images_per_request
-        try:
-            form = await request.form(max_files=most, max_fields=most)
-        except HTTPException as error:  # Starlette's own for a form that cannot be parsed or holds too many files
-            kind = errors.TooLarge if "Too many" in str(error.detail) else errors.InvalidInput
-            raise kind(f"the multipart body: {error.detail} (limits.images_per_request is {most})") from None
-        try:
-            parts = [part for _, part in form.multi_items()]
-            if not all(isinstance(part, UploadFile) for part in parts):
-                raise errors.InvalidInput("the multipart body holds a field that is no file; send each image as a file")
-            service.check_count(len(parts))
-            return [await cast(UploadFile, part).read() for part in parts]
-        finally:
-            await form.close()
 
-
-def model_app(routes: ModelRoutes, service: Service) -> ASGIApp:
+def model_app(routes: Routes, service: ModelService) -> ASGIApp:
     """The application of one model, relative to the prefix that it is mounted at; runs the service while it lives."""
 
     @asynccontextmanager

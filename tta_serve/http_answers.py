@@ -33,22 +33,36 @@ def read_options(request: Request, parameter_stream: object = None) -> Options:
     Raises:
         InvalidInput: an unknown value, or a stream named twice and differently.
     """
-    if parameter_stream is not None and not isinstance(parameter_stream, str):
-        raise errors.InvalidInput(f"the parameter stream is {reprlib.repr(parameter_stream)}, not text")
-    header_stream = request.headers.get("x-session-id")
-    if header_stream is not None and parameter_stream is not None and header_stream != parameter_stream:
-        raise errors.InvalidInput(
-            f"the header x-session-id names the stream {header_stream!r}, "
-            f"the parameter stream {parameter_stream!r}; give one"
-        )
+    named = header_or_parameter(request, "x-session-id", "stream", parameter_stream)
     adapt = request.headers.get("x-adapt", "on")
     answer = request.headers.get("x-answer", "adapted")
     if adapt not in ("on", "off"):
         raise errors.InvalidInput(f"x-adapt is {adapt!r}; it can be on or off")
     if answer not in ("adapted", "frozen", "both"):
         raise errors.InvalidInput(f"x-answer is {answer!r}; it can be adapted, frozen or both")
-    named = header_stream if header_stream is not None else parameter_stream
     return Options(DEFAULT_STREAM if named is None else named, adapt == "on", cast(AnswerKind, answer))
+
+
+def header_or_parameter(request: Request, header: str, name: str, parameter: object) -> str | None:
+    """What a header says, or else a parameter.
+
+    Args:
+        request: the request.
+        header: its name.
+        name: of the parameter, which says the same.
+        parameter: its value, of the JSON or the query; None: not given.
+
+    Raises:
+        InvalidInput: both are given and differ, or the parameter is no text.
+    """
+    if parameter is not None and not isinstance(parameter, str):
+        raise errors.InvalidInput(f"the parameter {name} is {reprlib.repr(parameter)}, not text")
+    said = request.headers.get(header)
+    if said is not None and parameter is not None and said != parameter:
+        raise errors.InvalidInput(
+            f"the header {header} names the {name} {said!r}, the parameter {name} {parameter!r}; give one"
+        )
+    return parameter if said is None else said
 
 
 def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from tta_serve.http_streams import OFFSET_MAX, STREAMS_PAGE_MAX, RollbackRequest
 from tta_serve.protocol import WireRequest
@@ -87,6 +87,49 @@ PREDICT = {
     },
     "responses": _answers(None, "400", "401", "413", "429", "503"),
 }
+
+_MODALITY = {
+    "name": "x-modality",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "The images' modality; else the parameter `modality`; else it is recognised. `rgb`: no translator.",
+}
+_TRANSLATORS = {
+    "type": "object",
+    "properties": {"translators": _list({"type": "object"})},
+    "required": ["translators"],
+}
+TRANSLATORS = {"responses": _answers(_TRANSLATORS, "401")}
+
+PUT_TRANSLATOR = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    "responses": _answers({"type": "object"}, "400", "401", "403", "413", "503"),
+}
+
+
+def with_modality(doc: dict[str, Any]) -> dict[str, Any]:
+    """The same route of a detector."""
+    return {**doc, "parameters": [*doc["parameters"], _MODALITY]}
+
+
+def feedback(body: type[BaseModel]) -> dict[str, Any]:
+    """Feedback with such a body."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    results = {
+        "type": "object",
+        "properties": {"results": _list({"type": "object"}), "parameters": {"type": "object"}},
+        "required": ["results", "parameters"],
+    }
+    return {
+        "parameters": [_HEADERS[0], _MODALITY],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": _answers(results, "400", "401", "404", "413", "429", "503"),
+    }
+
 
 _VIEW = _object(StreamView)
 _HISTORY = _object(StreamHistory)

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
-from tta_serve.service import Service
+from tta_serve.model_service import ModelService
 from tta_serve.views import StreamView
 
 STREAMS_PAGE_MAX = 1000
@@ -33,7 +33,7 @@ class StreamRoutes:
         tokens: who may do what.
     """
 
-    def __init__(self, service: Callable[[], Service], tokens: Tokens) -> None:
+    def __init__(self, service: Callable[[], ModelService], tokens: Tokens) -> None:
         self.service = service
         self.tokens = tokens
 

@@ -9,11 +9,18 @@ from starlette.types import ASGIApp
 
 from tta_serve.building import build_engine
 from tta_serve.config import LimitSettings, ModelSettings, Tokens
+from tta_serve.detection import DetectionEngine
+from tta_serve.detection_building import build_detection_engine
+from tta_serve.detection_service import DetectionService
+from tta_serve.detector_models import LoadedDetector
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
+from tta_serve.http_detection import DetectionRoutes
+from tta_serve.http_routes import Routes
 from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
+from tta_serve.remembered import Remembered
 from tta_serve.service import Service
 
 log = logging.getLogger(__name__)
@@ -21,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def build_service(
     settings: ModelSettings, limits: LimitSettings, models_on_node: int, replica: str, folder: Path | None = None
-) -> Service:
+) -> Service | DetectionService:
     """Everything behind the routes of one model.
 
     Args:
@@ -34,20 +41,47 @@ def build_service(
     Raises:
         ConfigError: see `build_engine`.
     """
+    metrics, allowed = Metrics(settings.name, replica), Limits(limits.image_pixels, limits.images_per_request)
+    if settings.task == "detection":
+        return _detection(settings, metrics, allowed, *build_detection_engine(settings, models_on_node, folder))
     engine, model = build_engine(settings, models_on_node, folder)
     adaptation = settings.adaptation
     return Service(
         engine,
         model.input,
         model.labels,
-        Metrics(settings.name, replica),
+        metrics,
         mode=adaptation.mode if settings.adapter.eata else "frozen",
-        limits=Limits(limits.image_pixels, limits.images_per_request),
+        limits=allowed,
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,
         pools=Pools(adaptation.step_rows, adaptation.step_wait_s, adaptation.queue_rows),
         budget=adaptation.budget,
     )
+
+
+def _detection(
+    settings: ModelSettings, metrics: Metrics, limits: Limits, engine: DetectionEngine, loaded: LoadedDetector
+) -> DetectionService:
+    learns = settings.adapter.modtr is not None and settings.adapter.modtr.learns != "nothing"
+    feedback = settings.feedback
+    return DetectionService(
+        engine,
+        loaded.labels,
+        metrics,
+        mode=settings.adaptation.mode if learns else "frozen",
+        limits=limits,
+        batch_rows_max=settings.batching.rows_max,
+        queue_rows=settings.batching.queue_rows,
+        remembered=Remembered(feedback.remember_images, int(feedback.remember_bytes), feedback.remember_s),
+    )
+
+
+def build_routes(settings: ModelSettings, service: Service | DetectionService, tokens: Tokens) -> Routes:
+    """The routes of one model."""
+    if isinstance(service, DetectionService):
+        return DetectionRoutes(settings.name, lambda: service, tokens)
+    return ModelRoutes(settings.name, lambda: service, tokens)
 
 
 def app_name(model: str) -> str:
@@ -64,7 +98,7 @@ class ModelReplica:
         replica = serve.get_replica_context().replica_id.unique_id
         # one folder a replica: while a deployment is replaced, two live at once
         self._service = build_service(settings, limits, models_on_node, replica, Path(folder) / replica)
-        self._routes = ModelRoutes(settings.name, lambda: self._service, tokens)
+        self._routes = build_routes(settings, self._service, tokens)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's name for it
         return model_app(self._routes, self._service)

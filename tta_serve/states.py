@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from safetensors import SafetensorError
 
@@ -232,6 +232,33 @@ class States:
             if record.frozen:
                 record = self._streams[stream] = record._replace(frozen=False, ladder=Ladder()).noted("resumed")
             return record
+
+    def restructure(self, init: PipelineState, migrate: Callable[[Any, Any], Any], why: str) -> None:
+        """Let states have another structure, while nobody computes with them.
+
+        What was written out or kept to roll back to has the old structure and is dropped: streams that were written out
+        begin a new life, the others go on with what `migrate` leaves them.
+
+        Args:
+            init: the state of a stream that has learned nothing.
+            migrate: see `Table.restructure`.
+            why: for the streams' histories.
+
+        Raises:
+            Unavailable: snapshots cannot be deleted; nothing has changed then but those that could.
+        """
+        with self._lock:
+            for stream, record in self._streams.items():
+                if record.kept or record.written is not None:
+                    self._erase(stream)
+            self._table.restructure(init, migrate)
+            self._init = init
+            for stream, record in list(self._streams.items()):
+                if record.row is None:
+                    new = self._new_life()._replace(events=record.events)
+                else:
+                    new = record._replace(version=record.version + bool(record.row), kept=(), written=None)
+                self._streams[stream] = new.noted(why)
 
     def versions(self, stream: str) -> list[int]:
         """The versions that `rollback` can go to: 0 is the state of a stream that has learned nothing.

@@ -1,7 +1,7 @@
 """The live states of a model: a stacked table on the device, and the optimizer moments of the streams at work."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Table:
 
     def __init__(self, init: Any, rows: int) -> None:
         self._init = init
+        self._rows = rows
         resting = optim.rest(init)
         self.row_bytes = tree.nbytes(resting)
         self._table = tree.apply(lambda leaf: leaf.new_empty((rows, *leaf.shape)), resting)
@@ -59,6 +60,21 @@ class Table:
         tree.apply(put, self._table, states)
         if index.is_cuda:  # the reader may be on another CUDA stream
             torch.cuda.current_stream(index.device).synchronize()
+
+    def restructure(self, init: Any, migrate: Callable[[Any, Any], Any]) -> None:
+        """Let the states have another structure; nobody may read or write meanwhile. Optimizer moments are dropped.
+
+        Args:
+            init: the state of a stream that has seen nothing, from now on.
+            migrate: from the table as it is, and one of the same rows that are all the new `init`, to the new table.
+        """
+        resting = optim.rest(init)
+        fresh = tree.apply(lambda leaf: leaf.expand(self._rows, *leaf.shape).clone(), resting)
+        self._table = migrate(self._table, fresh)
+        self._init = init
+        self.row_bytes = tree.nbytes(resting)
+        self._working.clear()
+        self.write([0], tree.stack([resting]))
 
     def wake(self, states: Any, streams: Sequence[tuple[str, int]]) -> Any:
         """States read from the table with their streams' optimizer moments: as they were kept, or fresh.
