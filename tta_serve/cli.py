@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from tta_serve import __version__, config, runfolder
 from tta_serve.errors import ConfigError, TTAError
 from tta_serve.runfolder import RunFolder, ServerStatus
+from tta_serve.train_translator_cli import train_translator
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console()
@@ -157,6 +158,9 @@ def demo(
         show_ready(server)
         out.print(f"It stays up; `tta-serve down --port {port}` stops it.", style="dim", highlight=False)
     raise typer.Exit(130 if summary is None else 0 if summary.passed else 1)
+
+
+app.command("train-translator")(train_translator)
 
 
 @app.command()
