@@ -82,6 +82,7 @@ def train_translator(
     """Train a translator for a frozen detector. After a kill, the same command goes on where it was."""
     from adapters.translator import SIZES, TranslatorConfig  # torch is slow to import
     from tta_serve import train_translator as training
+    from tta_serve.training import TrainSettings
 
     started = time.monotonic()
     if in_channels == 2:
@@ -92,7 +93,7 @@ def train_translator(
         raise ConfigError(f"--json: {json_file.parent} is not a folder")
     loaded = load_detector(model, weights, labels, device)
     config = TranslatorConfig(in_channels, *SIZES[size], cast(Literal["multiply", "add", "none"], str(fusion)))
-    settings = training.TrainSettings(
+    settings = TrainSettings(
         modality=modality,
         translator=config,
         epochs=epochs,

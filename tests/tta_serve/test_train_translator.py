@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from adapters.translator import SIZES, TranslatorConfig
-from tta_serve import coco, router, train_translator_cli, translators
+from tta_serve import coco, router, train_translator_cli, training_data, translators
 from tta_serve import train_translator as training
+from tta_serve.comparison import translated
 from tta_serve.detector_models import LoadedDetector
 from tta_serve.detectors import Detector
 from tta_serve.errors import ConfigError, InvalidInput, TTAError
-from tta_serve.train_translator import Epoch, TrainResult, TrainSettings
+from tta_serve.train_translator import TrainResult
+from tta_serve.training import Epoch, TrainSettings, Unwatched, best_epoch, finished
 
 torch.set_num_threads(1)
 
@@ -308,27 +310,27 @@ def test_the_best_epoch_is_kept_and_patience_ends(run: Run, tmp_path: Path, monk
 
 def test_best_and_finished() -> None:
     lines = [Epoch(0, None, 0.1, 0.3), Epoch(1, 1.0, 0.2, 0.3), Epoch(2, 1.0, 0.2, 0.3), Epoch(3, 1.0, 0.9, 0.2)]
-    assert training.best_epoch(lines[:1]) == 0
-    assert training.best_epoch(lines) == 1  # AP decides between equal AP50, and the first of equals wins
+    assert best_epoch(lines[:1]) == 0
+    assert best_epoch(lines) == 1  # AP decides between equal AP50, and the first of equals wins
     settings = TrainSettings(epochs=9, patience_epochs=2)
-    assert [training.finished(lines[: number + 1], settings) for number in range(4)] == [False, False, False, True]
-    assert training.finished(lines[:2], TrainSettings(epochs=1))
+    assert [finished(lines[: number + 1], settings) for number in range(4)] == [False, False, False, True]
+    assert finished(lines[:2], TrainSettings(epochs=1))
 
 
 def test_order_shows_every_image_once_and_mirrors_about_half() -> None:
     settings = TrainSettings(batch_images=8)
-    epoch = training.order(100, settings, 1)
+    epoch = training_data.order(100, settings, 1)
     assert [len(batch) for batch in epoch] == [8] * 12 + [4]
     assert sorted(number for batch in epoch for number, _ in batch) == list(range(100))
     assert 35 <= sum(mirrored for batch in epoch for _, mirrored in batch) <= 65
-    assert epoch == training.order(100, settings, 1) != training.order(100, settings, 2)
+    assert epoch == training_data.order(100, settings, 1) != training_data.order(100, settings, 2)
     assert not any(
-        mirrored for batch in training.order(100, replace(settings, flips=False), 1) for _, mirrored in batch
+        mirrored for batch in training_data.order(100, replace(settings, flips=False), 1) for _, mirrored in batch
     )
 
 
 def test_mirrored_by_hand() -> None:
-    image, boxes = training.mirror(torch.tensor([[[1.0, 2, 3, 4]]]), torch.tensor([[0.0, 0, 3, 1]]))
+    image, boxes = training_data.mirror(torch.tensor([[[1.0, 2, 3, 4]]]), torch.tensor([[0.0, 0, 3, 1]]))
     assert image.tolist() == [[[4, 3, 2, 1]]]
     assert boxes.tolist() == [[1, 0, 4, 1]]
 
@@ -346,7 +348,7 @@ def test_images_of_one_size_are_translated_together() -> None:
         return x.expand(-1, 3, -1, -1) / 2
 
     images = [torch.full((1, *size), float(number)) for number, size in enumerate([(4, 6), (4, 4), (4, 6)])]
-    got = training.translated(halved, images)
+    got = translated(halved, images)
     assert shapes == [(2, 1, 4, 6), (1, 1, 4, 4)]
     assert [(tuple(each.shape), each.mean().item()) for each in got] == [
         ((3, 4, 6), 0.0),
@@ -358,12 +360,12 @@ def test_images_of_one_size_are_translated_together() -> None:
 def test_split_takes_its_share_whatever_the_count(ir: Path) -> None:
     examples = coco.read(ir, LABELS).examples
     for count, held_out in ((2, 1), (3, 1), (24, 4)):
-        train, validation = training.split(examples[:count], TrainSettings())
+        train, validation = training_data.split(examples[:count], TrainSettings())
         assert (len(train), len(validation)) == (count - held_out, held_out)
         assert sorted(map(id, (*train, *validation))) == sorted(map(id, examples[:count]))
     with pytest.raises(ConfigError, match="1 image cannot be split into training and validation"):
-        training.split(examples[:1], TrainSettings())
-    assert training.split(examples, TrainSettings()) != training.split(examples, TrainSettings(seed=1))
+        training_data.split(examples[:1], TrainSettings())
+    assert training_data.split(examples, TrainSettings()) != training_data.split(examples, TrainSettings(seed=1))
 
 
 def test_folders_of_their_own_are_used(run: Run, ir: Path, rgb: Path, tmp_path: Path) -> None:
@@ -559,7 +561,7 @@ def test_a_terminal_gets_a_bar_and_a_file_only_lines() -> None:
     assert shown[1] == "translator, epoch 1: [good]\n"
 
 
-class Notes(training.Unwatched):
+class Notes(Unwatched):
     """Keeps what was noted."""
 
     def __init__(self) -> None:
@@ -569,7 +571,7 @@ class Notes(training.Unwatched):
         self.lines.append(text)
 
 
-class Saying(training.Unwatched):
+class Saying(Unwatched):
     """Prints the number of each step."""
 
     def __init__(self) -> None:
