@@ -25,9 +25,12 @@ START_WAIT_S = 1860.0  # a little more than the server gives itself
 DEMO_CONFIG = """\
 http: {{port: {port}}}
 models:
-  - name: digits
-    source: {{builtin: digits}}
+  - name: {model}
+    source: {{builtin: {model}}}
 """
+DIGITS, SCENES = "digits", "digit-scenes"  # the built-in models that the demo plays
+DEMO_DRAWS = {DIGITS: 1024, SCENES: 200}
+DEMO_PICTURE = Path("digit-scenes.png")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration file (YAML).")]
 Port = Annotated[int | None, typer.Option(help="Of the server; needed only where several run.")]
 
@@ -128,26 +131,36 @@ def demo(
         bool, typer.Option("--once", help="Stop the server at the end; exit code 1 if adapting lost.")
     ] = False,
     port: Annotated[int, typer.Option(help="Of the server that the demo starts.")] = 8000,
-    draws: Annotated[int, typer.Option(min=32, help="Images in each phase.")] = 1024,
+    draws: Annotated[int | None, typer.Option(min=32, help="Images in each phase (1024; of scenes 200).")] = None,
+    detection: Annotated[
+        bool, typer.Option("--detection", help="Show a detector that finds digits in colour and in infrared instead.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help=f"Where --detection draws what it found ({DEMO_PICTURE}).", metavar="FILE")
+    ] = None,
 ) -> None:
     """Start a server with the built-in digits model, and show it adapting while the images change."""
-    from tta_serve import demo as player
-
+    if picture and not detection:
+        raise ConfigError("--picture goes with --detection: the digits demo draws none")
+    if detection:
+        picture = (picture or DEMO_PICTURE).absolute()
+        if not picture.parent.is_dir() or picture.is_dir():
+            raise ConfigError(f"--picture: {picture} cannot be a file; give one in a folder that is there")
+    model = SCENES if detection else DIGITS
     folder = RunFolder(port)
     server = folder.read() if folder.alive() else None
-    if server and "digits" not in server.models:
-        raise ConfigError(f"the server on port {port} has no model `digits`; choose another --port")
+    if server and model not in server.models:
+        raise ConfigError(f"the server on port {port} has no model `{model}`; choose another --port")
     started = server is None
     if server is None:
         folder.make()
         path = folder.path / "demo.yaml"
-        path.write_text(DEMO_CONFIG.format(port=port))
+        path.write_text(DEMO_CONFIG.format(port=port, model=model))
         server = start_detached(path, port)
     stays = not (once and started)
-    summary = None
+    passed = None
     try:
-        stream = f"demo-{time.strftime('%H%M%S')}"
-        summary = player.play(server.url, "digits", stream=stream, draws=draws, console=out)
+        passed = _play(server.url, model, draws or DEMO_DRAWS[model], picture)
     except KeyboardInterrupt:
         err.print("Interrupted." if stays else "Interrupted; the server is stopped too.")
     finally:
@@ -157,7 +170,25 @@ def demo(
     if stays:
         show_ready(server)
         out.print(f"It stays up; `tta-serve down --port {port}` stops it.", style="dim", highlight=False)
-    raise typer.Exit(130 if summary is None else 0 if summary.passed else 1)
+    raise typer.Exit(130 if passed is None else 0 if passed else 1)
+
+
+def _play(url: str, model: str, draws: int, picture: Path | None) -> bool:
+    """Play the demo of a model, draw it where there is something to draw, and say whether adapting won."""
+    stream = f"demo-{time.strftime('%H%M%S')}"
+    if picture is None:
+        from tta_serve import demo as player
+
+        return player.play(url, model, stream=stream, draws=draws, console=out).passed
+    from tta_serve import demo_detection
+
+    outcome = demo_detection.play(url, model, stream=stream, draws=draws, console=out)
+    try:
+        demo_detection.draw(outcome).save(picture, "PNG")
+    except OSError as error:
+        raise ConfigError(f"--picture: {picture} cannot be written: {error.strerror or error}") from None
+    out.print(f"The first scenes, drawn: {picture}", highlight=False, soft_wrap=True, markup=False)
+    return outcome.summary.passed
 
 
 app.command("train-translator")(train_translator)

@@ -8,7 +8,7 @@ the same story in more time. Labels are needed only to count right answers, and 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def play(
     sizes = _sizes(draws, images_per_request)
     done: list[PhaseFigures] = []
     with nullcontext(client) if client else httpx.Client(timeout=TIMEOUT_S) as connection:
-        server = _Server(connection, f"{url.rstrip('/')}/v2/models/{quote(model, safe='')}", stream)
+        server = _Server(Model.at(url, model, connection), stream)
         with Screen(console, model, draws) as screen:
             for phase in PHASES:
                 for figures in _play_phase(server, source, pace, sizes, phase):
@@ -186,23 +186,54 @@ class _Pace:
 
 
 @dataclass(frozen=True)
-class _Server:
-    """The two calls that the demo makes."""
+class Model:
+    """A model of a server, over one connection."""
 
     client: httpx.Client
-    model_url: str
-    stream: str
+    url: str
 
-    def infer(self, images: NDArray[np.uint8]) -> _Answer:
-        """Both models' labels for images [B, 3, 32, 32]; a busy server is asked again when it says."""
+    @classmethod
+    def at(cls, server_url: str, name: str, client: httpx.Client) -> "Model":
+        """The model of this name."""
+        return cls(client, f"{server_url.rstrip('/')}/v2/models/{quote(name, safe='')}")
+
+    def ask(self, path: str, content: bytes, headers: Mapping[str, str]) -> tuple[dict[str, Any], float]:
+        """The answer to a body, and the seconds that it took; a busy server is asked again when it says.
+
+        Raises:
+            DemoError: the server cannot be reached, refused the request or stays busy, or its answer is no JSON object.
+        """
         for _ in range(RETRIES):
             sent_s = time.monotonic()
-            response = self._post(images)
+            response = self.call("POST", path, content=content, headers=headers)
             latency_s = time.monotonic() - sent_s
             if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
                 break
             time.sleep(min(_retry_after_s(response), RETRY_S_MAX))
-        reply = _json(response)
+        return _json(response), latency_s
+
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Whatever the server says.
+
+        Raises:
+            DemoError: it cannot be reached.
+        """
+        try:
+            return self.client.request(method, f"{self.url}/{path}", **options)
+        except httpx.TransportError as error:
+            raise DemoError(f"{self.url} does not answer: {error or type(error).__name__}") from error
+
+
+@dataclass(frozen=True)
+class _Server:
+    """The two calls that the demo makes."""
+
+    model: Model
+    stream: str
+
+    def infer(self, images: NDArray[np.uint8]) -> _Answer:
+        """Both models' labels for images [B, 3, 32, 32]."""
+        reply, latency_s = self._post(images)
         outputs = {output.get("name"): output.get("data") for output in reply.get("outputs", [])}
         labels = [np.asarray(outputs.get(name), dtype=object) for name in ("labels", "frozen_labels")]
         if any(each.shape != (len(images),) for each in labels):
@@ -212,7 +243,7 @@ class _Server:
             )
         return _Answer(labels[0].astype(np.int64), labels[1].astype(np.int64), latency_s)
 
-    def _post(self, images: NDArray[np.uint8]) -> httpx.Response:
+    def _post(self, images: NDArray[np.uint8]) -> tuple[dict[str, Any], float]:
         tensor = {
             "name": "images",
             "shape": list(images.shape),
@@ -226,7 +257,7 @@ class _Server:
             "x-session-id": self.stream,
             "x-answer": "both",
         }
-        return self._call("POST", "infer", content=head + images.tobytes(), headers=headers)
+        return self.model.ask("infer", head + images.tobytes(), headers)
 
     def settled(self, pending_rows: int) -> _Counters:
         """The counters when no more than so many rows wait to be learned from, or the time for that is up."""
@@ -239,17 +270,11 @@ class _Server:
 
     def counters(self) -> _Counters:
         """The stream's counters; all zero while the server does not know it yet."""
-        response = self._call("GET", f"streams/{quote(self.stream, safe='')}")
+        response = self.model.call("GET", f"streams/{quote(self.stream, safe='')}")
         if response.status_code == httpx.codes.NOT_FOUND:
             return _Counters()
         state = _json(response)
         return _Counters(**{name: state[name] for name in _Counters._fields if name in state})
-
-    def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
-        try:
-            return self.client.request(method, f"{self.model_url}/{path}", **options)
-        except httpx.TransportError as error:
-            raise DemoError(f"{self.model_url} does not answer: {error or type(error).__name__}") from error
 
 
 def _sizes(draws: int, images_per_request: int) -> list[int]:

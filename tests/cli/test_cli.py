@@ -251,6 +251,22 @@ def test_demo_refuses_a_server_without_the_digits(command, run_folders):
     assert told == "error the server on port 1 has no model `digits`; choose another --port\n"
 
 
+def test_demo_of_detection_refuses_a_server_without_the_scenes(command, run_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(1)
+    with folder.held():
+        folder.write(ServerStatus(1, "127.0.0.1", os.getpid(), "config.yaml", ("digits",), "ready"))
+        code, _, told = command("demo", "--detection", "--port", "1")
+    assert code == 2
+    assert told == "error the server on port 1 has no model `digit-scenes`; choose another --port\n"
+    assert not (tmp_path / "digit-scenes.png").exists()
+
+
+def test_demo_draws_no_picture_of_digits(command):
+    code, _, told = command("demo", "--picture", "a.png")
+    assert (code, told) == (2, "error --picture goes with --detection: the digits demo draws none\n")
+
+
 def test_a_run_folder_of_somebody_else_is_refused(command, config, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
