@@ -3,6 +3,7 @@
 Read `base.py` (the contract in prose) first, then `eata.py`.
 """
 
+from adapters.alignment import Alignment, AlignmentConfig, AlignmentPrior, AlignmentState, alignment_prior
 from adapters.base import (
     Adapter,
     AdapterError,
@@ -30,6 +31,10 @@ __all__ = [
     "SIZES",
     "Adapter",
     "AdapterError",
+    "Alignment",
+    "AlignmentConfig",
+    "AlignmentPrior",
+    "AlignmentState",
     "Batch",
     "Boxes",
     "DetectionLoss",
@@ -67,6 +72,7 @@ __all__ = [
     "TranslatorConfig",
     "Trip",
     "UnsupportedModel",
+    "alignment_prior",
     "drift_prior",
     "folded",
     "trip_names",

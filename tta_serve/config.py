@@ -174,8 +174,8 @@ class ModTrSettings(Settings):
     """Settings of the `modtr` adapter, of a detector. See adapters/modtr.py."""
 
     learns: Literal["both", "stream", "modality", "nothing"] = "both"  # from feedback: whose parameters
-    stream_learning_rate: float = Field(1e-3, gt=0, le=1)  # of a stream's scale and shift
-    modality_learning_rate: float = Field(1e-4, gt=0, le=1)  # of the weights that its modality's streams share
+    stream_learning_rate: float = Field(1e-3, gt=0, le=0.05)  # of a stream's scale and shift; more trips the guards
+    modality_learning_rate: float = Field(1e-4, gt=0, le=5e-3)  # of the weights that its modality's streams share
     router_confidence: float = Field(0.9, gt=0.5, le=1)  # less sure than that of a modality: no translator
     ap50_drop_max: float = Field(0.05, ge=0, le=1)  # on a translator's probe, before a guard trips
 
@@ -313,6 +313,10 @@ class ModelSettings(Settings):
             raise ValueError("adapter: eata is for classifiers; a detector takes modtr or source")
         if self.input:
             raise ValueError("input: a detector resizes and normalises by itself; remove it")
+        if self.prior or self.adaptation.probe:
+            raise ValueError("prior, adaptation.probe: a detector has a probe for each of its translators instead")
+        if self.source.python and not self.labels:
+            raise ValueError("a detector from python needs `labels`, with __background__ first where it has one")
         if self.runtime != "eager":
             raise ValueError("runtime: a detector runs in eager")
         if self.adaptation.mode != "async":

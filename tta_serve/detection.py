@@ -291,6 +291,8 @@ class DetectionEngine:
                 of_stream.append(self._teach_stream(shown, x, boxes))
             if self.settings.learns in ("both", "modality"):
                 of_modality += self._teach_modality(shown.modality, x, boxes)
+        if self.settings.learns == "modality" and not of_modality:  # the last rung of its guards
+            return Taught(Learned(shown.stream, rows, 0, math.nan, "frozen"), None)
         return Taught(_together(of_stream), _together_shared(of_modality))
 
     def _lessons(self, shown: Shown, channels: int) -> list[tuple[Tensor, list[Boxes]]]:

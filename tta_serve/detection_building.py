@@ -69,7 +69,7 @@ def _modality(settings: ModelSettings, adapter: ModTrSettings, name: str, loaded
             return _begun(given.file, adapter, name, loaded)
         probe = modalities.probe_of(coco.read(given.probe, loaded.labels).examples, loaded.detector)
         return _begun(given.file, adapter, name, loaded, probe)
-    except (InvalidInput, ConfigError) as error:
+    except (InvalidInput, ConfigError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

@@ -31,7 +31,7 @@ from tta_serve.views import DEFAULT_STREAM, check_stream
 
 log = logging.getLogger(__name__)
 
-LESSONS_MAX = 64  # of feedback that may wait; more gets 429
+LESSONS_MAX = 64  # images whose feedback may wait; more gets 429, and more in one request 413
 
 Decided = Literal["named", "recognised"]
 
@@ -279,10 +279,12 @@ class DetectionService(ModelService):
         self.check_count(len(items))
         if self.mode == "frozen":
             raise InvalidInput("this model learns from no feedback (adapter: source, or modtr with learns: nothing)")
+        if len(items) > LESSONS_MAX:
+            raise TooLarge(f"feedback for {len(items)} images in one request; the limit is {LESSONS_MAX}")
+        if self.pending_rows() + len(items) > LESSONS_MAX:
+            raise Overloaded(f"feedback for {self.pending_rows()} images waits; the limit is {LESSONS_MAX}", 1.0)
         incarnation = self.engine.streams.record(stream).incarnation
         lessons = [await self._lesson(item, stream, incarnation, modality) for item in items]
-        if self.pending_rows() + len(lessons) > LESSONS_MAX:
-            raise Overloaded(f"feedback for {self.pending_rows()} images waits; the limit is {LESSONS_MAX}", 1.0)
         self._lessons[stream] = self._lessons.get(stream, 0) + len(lessons)
         try:
             return [await self._teach(lesson) for lesson in lessons]
@@ -297,7 +299,12 @@ class DetectionService(ModelService):
         if lesson.memory:
             lesson.memory.used |= {lesson.place}
         began_s = time.monotonic()
-        taught = await self._on(self._teacher, lambda: self.engine.learn(lesson.shown))
+        try:
+            taught = await self._on(self._teacher, lambda: self.engine.learn(lesson.shown))
+        except BaseException:
+            if lesson.memory:  # it may be tried again
+                lesson.memory.used -= {lesson.place}
+            raise
         self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="learn")
         self._count(taught)
         return taught

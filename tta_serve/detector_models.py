@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,12 @@ def _torchvision(settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
     except ConfigError as error:
         hint = "" if settings.labels else "; a detector of other classes than COCO's needs `labels`, background first"
         raise ConfigError(f"{error}{hint}") from None
-    return module, ()
+    return module, () if settings.labels else _categories(known)
+
+
+def _categories(known: Any) -> tuple[str, ...]:
+    """COCO's, which all of torchvision's detectors were trained on."""
+    return tuple(next(iter(known)).meta["categories"])
 
 
 def _try(settings: ModelSettings, detector: Detector) -> None:

@@ -13,6 +13,7 @@ from tta_serve.detectors import BACKGROUND
 from tta_serve.errors import InvalidInput
 
 EDGE_PIXELS = 0.5  # a box may reach so far outside its image, and is clipped there: rounding, at the client
+SIDE_PIXELS_MIN = 0.1  # of what is left then: less may be nothing in float32 once the image is resized
 
 
 class Feedback(NamedTuple):
@@ -47,9 +48,15 @@ def check_boxes(item: Feedback, size: tuple[int, int], labels: Sequence[str]) ->
             raise InvalidInput(f"box {number} is {box}, which is empty; it must be [x1, y1, x2, y2], x1 < x2, y1 < y2")
         if min(left, top) < -EDGE_PIXELS or right > width + EDGE_PIXELS or bottom > height + EDGE_PIXELS:
             raise InvalidInput(f"box {number} is {box}, which is not within the image, {width}×{height} pixels")
-    sides = item.boxes.clip(0, [width, height, width, height]).astype(np.float32)
+    sides = item.boxes.clip(0, [width, height, width, height])
+    if thin := [number for number, side in enumerate((sides[:, 2:] - sides[:, :2]).min(1)) if side < SIDE_PIXELS_MIN]:
+        raise InvalidInput(
+            f"box {thin[0]} is {item.boxes[thin[0]].tolist()}, which is empty within the image; each side must have at "
+            f"least {SIDE_PIXELS_MIN} pixels"
+        )
     return Boxes(
-        torch.from_numpy(sides), torch.tensor([class_of(label, labels) for label in item.labels], dtype=torch.int64)
+        torch.from_numpy(sides.astype(np.float32)),
+        torch.tensor([class_of(label, labels) for label in item.labels], dtype=torch.int64),
     )
 
 

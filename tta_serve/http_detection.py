@@ -208,6 +208,8 @@ def parse_feedback(body: bytes) -> FeedbackRequest:
 def _feedback(item: FeedbackItem) -> Feedback:
     if (item.id is None) == (item.image is None):
         raise errors.InvalidInput("each item needs either the `id` of a prediction or an `image` in base64")
+    if item.image is not None and item.index:
+        raise errors.InvalidInput(f"`index` {item.index} is of an earlier prediction's images; an `image` is one")
     if bad := [box for box in item.boxes if len(box) != 4]:
         raise errors.InvalidInput(f"a box is {reprlib.repr(bad[0])}; it must be [x1, y1, x2, y2]")
     image = None

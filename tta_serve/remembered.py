@@ -1,5 +1,6 @@
 """Images of earlier predictions, so that feedback need not send them again. Bounded in number, bytes and age."""
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,13 +57,19 @@ class Remembered:
     def keep(self, key: Key, memory: Memory) -> None:
         """Remember a prediction, unless it alone is too large; another of the same name is forgotten."""
         self._drop(key)
-        if len(memory.images) > self.images_max or memory.nbytes > self.bytes_max:
+        cost = self.cost(key, memory)
+        if len(memory.images) > self.images_max or cost > self.bytes_max:
             return
         self._memories[key] = memory
         self.images += len(memory.images)
-        self.bytes += memory.nbytes
+        self.bytes += cost
         while self.images > self.images_max or self.bytes > self.bytes_max:
             self._drop(next(iter(self._memories)))
+
+    @staticmethod
+    def cost(key: Key, memory: Memory) -> int:
+        """Bytes of a memory and its name: a client's name may be as long as a body."""
+        return memory.nbytes + sys.getsizeof(key.id)
 
     def find(self, key: Key, now_s: float) -> Memory | None:
         """What is remembered of a prediction."""
@@ -79,4 +86,4 @@ class Remembered:
         memory = self._memories.pop(key, None)
         if memory is not None:
             self.images -= len(memory.images)
-            self.bytes -= memory.nbytes
+            self.bytes -= self.cost(key, memory)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import adapters
 from adapters import (
     EATA,
+    Alignment,
+    AlignmentPrior,
     Batch,
     Boxes,
     EATAConfig,
@@ -40,6 +42,12 @@ def eata(network: Network, **settings: Any) -> EATA:
     config = EATAConfig(**{"entropy_margin": 1.1, "redundancy_margin": 0.95, **settings})
     prior = EATAPrior(torch.linspace(0.1, 2.0, 2 * network.channels)) if config.anchor == "fisher" else None
     return EATA(network, CLASSES, prior, config)
+
+
+def alignment(network: Network) -> Alignment:
+    """Alignment with a source so far away that every window has drifted."""
+    far, line = torch.full((CLASSES,), 3.0), torch.tensor([0.1])
+    return Alignment(network, AlignmentPrior(far, far, torch.tensor([CLASSES]), torch.tensor([1]), line))
 
 
 def modtr(fusion: Any) -> ModTr:
@@ -87,11 +95,13 @@ KINDS = {
         ),
         guarded=True,
     ),
+    "alignment": Kind(alignment),
+    "guarded-alignment": Kind(lambda network: Guarded(alignment(network)), guarded=True),
     "guarded-source": Kind(lambda network: Guarded(Source(network)), learns=False, guarded=True),
     "modtr-multiply": Kind(lambda _: modtr("multiply"), guarded=True),  # it guards itself
     "modtr-add": Kind(lambda _: modtr("add"), guarded=True),
 }
-EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "guarded-eata-batch-adam")
+EVERYWHERE = ("source", "eata-batch-adam-fisher", "eata-batch-sgd-l2", "guarded-eata-batch-adam", "alignment")
 INPUT = ("modtr-multiply", "modtr-add")
 WITH_STATISTICS = tuple(kind for kind in KINDS if kind not in INPUT)
 CASES = [
@@ -116,7 +126,7 @@ def rows_for(kind: str, images: Images, rows: int) -> tuple[Tensor, tuple[Boxes,
 
 def test_the_table_of_cases_is_complete() -> None:
     assert len(LAWS) == 16
-    assert len(CASES) == 28
+    assert len(CASES) == 34
     network = Network(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, CLASSES)))
     covered: set[type] = set()
     for kind in KINDS.values():

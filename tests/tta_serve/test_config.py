@@ -430,3 +430,143 @@ def test_bad_names_of_tenants(problems: Callable[[str], list[str]], name: str) -
 def test_a_number_of_streams_is_at_least_one(problems: Callable[[str], list[str]], key: str, value: str) -> None:
     (problem,) = problems(f"models: [{{name: m, {DIGITS}, streams: {{{key}: {value}}}}}]")
     assert problem.startswith(f"1: models.0.streams.{key}: Input should be ")
+
+
+# -- detectors --------------------------------------------------------------------------------------------------------
+
+SCENES = "source: builtin/digit-scenes"
+
+
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        ("builtin/digit-scenes", "detection"),
+        ("builtin/digits", "classification"),
+        ("torchvision/fasterrcnn_resnet50_fpn, weights: COCO_V1", "detection"),
+        ("torchvision/fcos_resnet50_fpn, weights: COCO_V1", "detection"),
+        ("torchvision/retinanet_resnet50_fpn, weights: COCO_V1", "detection"),
+        ("torchvision/ssd300_vgg16, weights: COCO_V1", "detection"),
+        ("torchvision/ssdlite320_mobilenet_v3_large, weights: COCO_V1", "detection"),
+        ("torchvision/resnet18", "classification"),
+        ("{python: 'a:b'}, input: {size: [8, 8]}", "classification"),
+        ("{python: 'a:b'}, task: detection, labels: [cat]", "detection"),
+    ],
+)
+def test_what_a_source_is_for(one: Callable[[str], Any], source: str, task: str) -> None:
+    model = one(f"source: {source}")
+    assert model.task == task
+    assert (model.adapter.modtr is not None, model.adapter.eata is not None) == (
+        task == "detection",
+        task != "detection",
+    )
+
+
+@pytest.mark.parametrize("written", ["modtr", "{modtr: {}}", "{modtr: }"])
+def test_every_notation_of_modtr(one: Callable[[str], Any], written: str) -> None:
+    modtr = one(f"{SCENES}, adapter: {written}").adapter.modtr
+    assert (modtr.learns, modtr.router_confidence, modtr.ap50_drop_max) == ("both", 0.9, 0.05)
+    assert (modtr.stream_learning_rate, modtr.modality_learning_rate) == (1e-3, 1e-4)
+
+
+def test_a_detector_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
+    for name in ("ir", "uv"):
+        (tmp_path / name).touch()
+    (tmp_path / "probe").mkdir()
+    model = one(
+        f"{SCENES}, adapter: {{modtr: {{learns: stream, router_confidence: 0.99, ap50_drop_max: 0.1}}}}, "
+        f"translators: {{ir: {tmp_path}/ir, uv_2-x: {{file: {tmp_path}/uv, probe: {tmp_path}/probe}}}}, "
+        "feedback: {remember_images: 7, remember_bytes: 1MB, remember_s: 60}"
+    )
+    assert model.adapter.modtr.learns == "stream"
+    assert {name: (each.file.name, each.probe) for name, each in model.translators.items()} == {
+        "ir": ("ir", None),
+        "uv_2-x": ("uv", tmp_path / "probe"),
+    }
+    assert model.feedback.model_dump() == {"remember_images": 7, "remember_bytes": 10**6, "remember_s": 60}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{SCENES}, adapter: eata", "adapter: eata is for classifiers; a detector takes modtr or source"),
+        (f"{SCENES}, input: {{size: [8, 8]}}", "input: a detector resizes and normalises by itself; remove it"),
+        (f"{SCENES}, runtime: compile", "runtime: a detector runs in eager"),
+        (f"{SCENES}, adaptation: {{mode: sync}}", "adaptation: a detector learns from feedback alone"),
+        (f"{SCENES}, task: classification", "task: this source is a detector"),
+        (f"{SCENES}, weights: COCO_V1", "a built-in model brings its own weights"),
+        (f"{SCENES}, replicas: 2", "replicas: 2 need a durable store"),
+        (f"{SCENES}, adapter: source, translators: {{ir: FILE}}", "translators: only the adapter modtr uses them"),
+        (f"{DIGITS}, task: detection", "task: builtin/digits is no detector"),
+        (f"{DIGITS}, adapter: modtr", "translators and the adapter modtr are for detectors (task: detection)"),
+        (f"{DIGITS}, translators: {{ir: FILE}}", "translators and the adapter modtr are for detectors"),
+        (f"{DIGITS}, task: segmentation", "task: Input should be 'classification' or 'detection', not 'segmentation'"),
+        (f"{SCENES}, adapter: {{modtr: {{learns: all}}}}", "adapter.modtr.learns: Input should be 'both', 'stream', "),
+        (
+            f"{SCENES}, adapter: {{modtr: {{router_confidence: 0.5}}}}",
+            "adapter.modtr.router_confidence: Input should be",
+        ),
+        (f"{SCENES}, adapter: {{modtr: {{modality_learning_rate: 0}}}}", "adapter.modtr.modality_learning_rate: Input"),
+        (f"{SCENES}, adapter: {{modtr: {{}}, source: true}}", "adapter: give exactly one adapter"),
+        (f"{SCENES}, translators: {{ir: none.safetensors}}", "translators.ir.file: none.safetensors is not a file"),
+        (f"{SCENES}, translators: {{ir: {{file: FILE, probe: none}}}}", "translators.ir.probe: none is not a folder"),
+        (f"{SCENES}, translators: {{ir: {{}}}}", "translators.ir.file: Field required"),
+        (f"{SCENES}, feedback: {{remember_s: 0}}", "feedback.remember_s: Input should be greater than 0, not 0"),
+        (f"{SCENES}, feedback: {{remember_images: -1}}", "feedback.remember_images: Input should be greater than or"),
+        (f"{SCENES}, feedback: {{remember_bytes: -1}}", "feedback.remember_bytes: "),
+    ],
+)
+def test_problems_of_a_detector(problems: Callable[[str], list[str]], tmp_path: Path, words: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    first = problems(f"http: {{}}\nmodels:\n- {{name: m, {words.replace('FILE', f'{tmp_path}/file')}}}\n")[0]
+    assert first.startswith((f"3: models.0.{said}", f"3: models.0: {said}"))
+
+
+@pytest.mark.parametrize("name", ["rgb", "IR", "i r", "", "-ir", "_ir", "i" * 33, "ir/..", "é"])
+def test_names_that_no_modality_can_have(problems: Callable[[str], list[str]], tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (problem,) = problems(f"models: [{{name: m, {SCENES}, translators: {{{name!r}: {tmp_path}/file}}}}]")
+    assert problem == (
+        f"1: models.0.translators.{name}: {name!r} cannot name a translator's modality: 1 to 32 small letters, digits, "
+        "'_' or '-', beginning with a letter or digit, and not 'rgb', which needs none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("learns", "shares"), [("both", True), ("modality", True), ("stream", False), ("nothing", False)]
+)
+def test_tenants_share_no_weights(write: Callable[[str], Path], learns: str, shares: bool) -> None:
+    path = write(
+        f"auth: {{tenants: {{acme: A}}}}\nmodels: [{{name: m, {SCENES}, adapter: {{modtr: {{learns: {learns}}}}}}}]\n"
+    )
+    if not shares:
+        assert load(path).models[0].adapter.modtr.learns == learns
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert "the model m has weights that all streams of a modality share" in str(caught.value)
+    assert "adapter: {modtr: {learns: stream}}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("source: {python: 'a:b'}, task: detection", "a detector from python needs `labels`"),
+        (f"{SCENES}, adaptation: {{probe: {__file__}}}", "prior, adaptation.probe: a detector has a probe for each"),
+        (f"{SCENES}, adapter: {{modtr: {{stream_learning_rate: 0.1}}}}", "adapter.modtr.stream_learning_rate: Input"),
+    ],
+)
+def test_what_a_detector_has_no_use_for(problems: Callable[[str], list[str]], words: str, said: str) -> None:
+    first = problems(f"http: {{}}\nmodels:\n- {{name: m, {words}}}\n")[0]
+    assert first.startswith((f"3: models.0.{said}", f"3: models.0: {said}"))
+
+
+def test_tenants_share_no_weights(problems: Callable[[str], list[str]]) -> None:
+    tenants = "auth: {tenants: {acme: T}}\nmodels:\n"
+    (problem,) = problems(f"{tenants}- {{name: m, {SCENES}}}\n")
+    assert "set adapter: {modtr: {learns: stream}}" in problem
+    Config.model_validate(
+        {
+            "auth": {"tenants": {"acme": "T"}},
+            "models": [{"name": "m", "source": "builtin/digit-scenes", "adapter": {"modtr": {"learns": "stream"}}}],
+        }
+    )

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tta_serve.errors import InvalidInput, TooLarge
-from tta_serve.images import decode
+from tta_serve.images import checked_range, decode, decode_whole
 from tta_serve.models import InputSpec
 
 Picture = Callable[..., bytes]
@@ -259,3 +260,89 @@ def test_a_crop_of_the_same_scale_is_exact(picture: Picture) -> None:
     counted = np.arange(6 * 8, dtype=np.uint8).reshape(6, 8)
     got = red(picture(counted), InputSpec(4, 4, 6))  # the shorter side is 6 already: nothing is resampled
     assert got == counted[1:5, 2:6].tolist()
+
+
+# -- whole ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_a_picture_keeps_its_size_and_colours(picture: Picture, kind: str) -> None:
+    image = np.zeros((5, 9, 3), np.uint8)
+    image[...] = (200, 100, 50)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    whole = decode_whole(picture(image, kind, **options), 45)
+    assert (whole.shape, whole.dtype) == ((3, 5, 9), torch.uint8)
+    np.testing.assert_allclose(whole.permute(1, 2, 0), image, atol=3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_grey_picture_has_one_channel(picture: Picture, kind: str) -> None:
+    whole = decode_whole(picture(np.full((5, 9), 77, np.uint8), kind), 45)
+    assert (whole.shape, whole.unique().tolist()) == ((1, 5, 9), [77])
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.fromarray(np.full((2, 3), 0x4D12, np.uint16)), [[0x4D]]),  # 16 bits
+        (Image.new("1", (3, 2), 1), [[255]]),
+        (Image.new("LA", (3, 2), (80, 10)), [[80]] * 3),
+        (Image.new("RGBA", (3, 2), (1, 2, 3, 4)), [[1], [2], [3]]),
+        (Image.new("P", (3, 2), 0), None),
+    ],
+)
+def test_other_kinds_of_pixels(picture: Picture, image: Image.Image, expected: list[list[int]] | None) -> None:
+    whole = decode_whole(picture(image), 6)
+    assert whole.shape[1:] == (2, 3)
+    assert whole.dtype == torch.uint8
+    if expected is None:
+        assert len(whole) == 3
+    else:
+        assert [channel.unique().tolist() for channel in whole] == expected
+
+
+def test_a_picture_on_its_side_is_turned(picture: Picture) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image = np.zeros((2, 4, 3), np.uint8)
+    image[0, 0] = 255  # top left: top right once it is turned by a quarter
+    whole = decode_whole(picture(image, exif=exif), 8)
+    assert whole.shape == (3, 4, 2)
+    assert whole[0].tolist() == [[0, 255], [0, 0], [0, 0], [0, 0]]
+
+
+def test_pictures_that_are_not_decoded_whole(picture: Picture) -> None:
+    with pytest.raises(TooLarge, match="45 pixels; the limit is 44 "):
+        decode_whole(picture(np.zeros((5, 9, 3), np.uint8)), 44)
+    with pytest.raises(InvalidInput, match="empty"):
+        decode_whole(b"", 100)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    with pytest.raises(InvalidInput, match="cannot be decoded"):
+        decode_whole(picture(noise)[:600], 400)
+
+
+def test_numbers_of_tensors() -> None:
+    bytes_ = np.array([0, 255], np.uint8)
+    assert checked_range(bytes_) is bytes_
+    frozen = np.frombuffer(b"\x00\xff", np.uint8)
+    assert checked_range(frozen).flags.writeable
+    for kind in (np.float16, np.float32, np.float64):
+        checked = checked_range(np.array([0, 0.5, 1], kind))
+        assert (checked.dtype, checked.tolist()) == (np.float32, [0, 0.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.array([1, 2]), "the input is int64; send UINT8"),
+        (np.array([True]), "the input is bool"),
+        (np.array([0, np.nan], np.float32), "NaN or infinite"),
+        (np.array([0, np.inf], np.float32), "NaN or infinite"),
+        (np.array([0, -np.inf], np.float16), "NaN or infinite"),
+        (np.array([0, 255], np.float32), r"spans 0 … 255; floats must lie in 0 … 1 \(send UINT8"),
+        (np.array([-0.01, 1], np.float64), "spans -0.01 … 1"),
+    ],
+)
+def test_numbers_that_no_image_has(array: np.ndarray, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        checked_range(array)
