@@ -20,8 +20,9 @@ from loadtests.protocol_orders import Round
 from tta_serve import models, pipelines
 from tta_serve.building import build_monitor
 from tta_serve.config import ModelSettings
-from tta_serve.engine import Engine, Lesson, Query, observed, to_unit
+from tta_serve.engine import Engine, Query, to_unit
 from tta_serve.learner import Pools
+from tta_serve.lessons import Lesson, observed
 from tta_serve.monitor import Monitor
 
 CPU = torch.device("cpu")

@@ -24,8 +24,9 @@ from adapters import EATA, EATAConfig, Guarded, Network, Pipeline
 from loadtests import report, resnet20
 from loadtests.errors import run
 from loadtests.rounds import Spread, order
-from tta_serve.engine import Engine, Lesson, Query
+from tta_serve.engine import Engine, Query
 from tta_serve.learner import Pools
+from tta_serve.lessons import Lesson
 
 ROUNDS_MIN = 5
 MIXED, SERIAL = "mixed", "serial"

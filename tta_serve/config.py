@@ -185,29 +185,40 @@ class ModTrSettings(Settings):
         return self.learns in ("both", "modality")
 
 
-class AdapterSettings(Settings):
-    """Which adapter stands around the model."""
+class AlignmentSettings(Settings):
+    """Settings of the `alignment` adapter, of a detector. See adapters/alignment.py."""
 
-    eata: EATASettings | None = None  # classifiers
-    modtr: ModTrSettings | None = None  # detectors
+    learning_rate: float = Field(0.01, gt=0, le=0.05)
+    drift_max: float = Field(1.0, gt=0)  # no step below it; 1 is the alarm line
+    source_images: float = Field(8.0, gt=0)
+    stream_images_max: float = Field(64.0, ge=0)
+
+
+class AdapterSettings(Settings):
+    """What stands around the model: `eata` for classifiers, `modtr` and `alignment` (or both) for detectors."""
+
+    eata: EATASettings | None = None
+    modtr: ModTrSettings | None = None
+    alignment: AlignmentSettings | None = None
     source: Literal[True] | None = None  # the frozen model
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "AdapterSettings":
-        if len([each for each in (self.eata, self.modtr, self.source) if each is not None]) != 1:
-            raise ValueError("give exactly one adapter: eata: {…}, modtr: {…} or source: true")
+        given = [each for each in (self.eata, self.modtr or self.alignment, self.source) if each is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one adapter: eata: {…}, modtr: {…} and/or alignment: {…}, or source: true")
         return self
 
 
 def _parse_adapter(value: object) -> object:
-    """`eata`, `modtr` and `source` alone are short for the adapter with its defaults."""
+    """`eata`, `modtr`, `alignment` and `source` alone are short for the adapter with its defaults."""
     if value == "source":
         return {"source": True}
-    for name in ("eata", "modtr"):
-        if value == name:
-            return {name: {}}
-        if isinstance(value, dict) and value.get(name, ...) is None:
-            return {**value, name: {}}
+    names = ("eata", "modtr", "alignment")
+    if value in names:
+        return {value: {}}
+    if isinstance(value, dict):
+        return {key: {} if key in names and given is None else given for key, given in value.items()}
     return value
 
 
@@ -298,8 +309,8 @@ class ModelSettings(Settings):
             return self._fits_detection()
         if _usual_task(self.source) == "detection":
             raise ValueError("task: this source is a detector")
-        if self.translators or self.adapter.modtr:
-            raise ValueError("translators and the adapter modtr are for detectors (task: detection)")
+        if self.translators or self.adapter.modtr or self.adapter.alignment:
+            raise ValueError("translators and the adapters modtr and alignment are for detectors (task: detection)")
         if self.source.python and not self.input:
             raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
         if self.source.torchvision and self.weights and _is_path(self.weights) and not self.input:
@@ -310,17 +321,21 @@ class ModelSettings(Settings):
         if self.source.builtin and self.source.builtin != "digit-scenes":
             raise ValueError(f"task: builtin/{self.source.builtin} is no detector")
         if self.adapter.eata:
-            raise ValueError("adapter: eata is for classifiers; a detector takes modtr or source")
+            raise ValueError("adapter: eata is for classifiers; a detector takes modtr, alignment, both, or source")
         if self.input:
             raise ValueError("input: a detector resizes and normalises by itself; remove it")
-        if self.prior or self.adaptation.probe:
-            raise ValueError("prior, adaptation.probe: a detector has a probe for each of its translators instead")
+        if self.adaptation.probe:
+            raise ValueError("adaptation.probe: a detector has a probe for each of its translators instead")
+        if self.prior and not self.adapter.alignment:
+            raise ValueError("prior: of a detector, only the adapter alignment uses it")
+        if self.adapter.alignment and not self.source.builtin and (self.prior is None or self.prior.suffix != ".npz"):
+            raise ValueError("alignment needs `prior`: an .npz with source `images`, uint8 [N, height, width, 3]")
         if self.source.python and not self.labels:
             raise ValueError("a detector from python needs `labels`, with __background__ first where it has one")
         if self.runtime != "eager":
             raise ValueError("runtime: a detector runs in eager")
         if self.adaptation.mode != "async":
-            raise ValueError("adaptation: a detector learns from feedback alone, which has no mode sync")
+            raise ValueError("adaptation: a detector has no mode sync")
         if self.translators and not self.adapter.modtr:
             raise ValueError("translators: only the adapter modtr uses them")
         return self

@@ -1,19 +1,29 @@
 """From settings to a detection engine: the detector, its translators and their probes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from tta_serve import coco, detector_models, modalities, translators
+from adapters import AdapterError, Alignment, AlignmentConfig, alignment_prior
+from adapters.guards import GuardConfig, Guarded
+from tta_serve import coco, detector_models, modalities, pipelines, translators
 from tta_serve.building import make_private
-from tta_serve.config import RGB, ModelSettings, ModTrSettings
+from tta_serve.builtin import scenes
+from tta_serve.config import RGB, AlignmentSettings, ModelSettings, ModTrSettings
 from tta_serve.detection import DetectionEngine, Sight
 from tta_serve.detector_models import LoadedDetector
-from tta_serve.engine import cores, pick_device, plan_threads
+from tta_serve.detectors import NO_BACKBONE
+from tta_serve.engine import cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError, InvalidInput
 from tta_serve.modalities import Modality, Probe
 from tta_serve.snapshots import Folder
 
+SOURCE_IMAGES = 512  # whose feature maps are measured when a server starts …
+SOURCE_BATCH = 16  # … in batches of so many
+SOURCE_SEED = 21  # of the built-in detector's scenes
+SELECTED_ROWS_NEVER = 2**62  # rows in a row
 TRIAL_PIXELS = 64
 TRIAL_STREAM = "trial"
 
@@ -42,6 +52,7 @@ def build_detection_engine(
         known = {
             name: _begun(path, adapter, name, loaded) for name, path in detector_models.BUILTIN_TRANSLATORS.items()
         }
+    norm = None if settings.adapter.alignment is None else _alignment(settings, settings.adapter.alignment, loaded)
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
     if folder is not None:
         make_private(folder)
@@ -51,6 +62,7 @@ def build_detection_engine(
         adapter,
         loaded.digest,
         threads,
+        norm,
         streams_max=settings.streams.max,
         resident=settings.streams.resident,
         new_per_minute=settings.streams.new_per_minute,
@@ -59,6 +71,39 @@ def build_detection_engine(
     )
     _try(settings, engine)
     return engine, loaded
+
+
+def _alignment(settings: ModelSettings, chosen: AlignmentSettings, loaded: LoadedDetector) -> Guarded:
+    """The adapter of the detector's own normalisation layers, with what its feature maps are like on source images."""
+    where, network = f"models.{settings.name}.adapter.alignment", loaded.detector.network
+    if network is None:
+        raise ConfigError(f"{where}: {NO_BACKBONE}")
+    detector = loaded.detector
+    images = [detector.prepare(to_unit(image.to(detector.device))) for image in _source_images(settings)]
+    canvases = {detector.canvas((image.shape[-2], image.shape[-1])) for image in images}
+    if len(canvases) > 1:
+        raise ConfigError(f"{where}: the images of `prior` are padded to {len(canvases)} sizes; they must have one")
+    batches = (detector.pixels(images[first : first + SOURCE_BATCH]) for first in range(0, len(images), SOURCE_BATCH))
+    config = AlignmentConfig(
+        learning_rate=chosen.learning_rate,
+        drift_max=chosen.drift_max,
+        source_images=chosen.source_images,
+        stream_images_max=chosen.stream_images_max,
+    )
+    try:
+        alignment = Alignment(network, alignment_prior(network, batches), config)
+    except (AdapterError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    # rows selected are those of streams that have drifted: none of a clean camera, all of one in fog, and both are well
+    return Guarded(alignment, GuardConfig(selected_rows=SELECTED_ROWS_NEVER))
+
+
+def _source_images(settings: ModelSettings) -> Sequence[Tensor]:
+    """Images that the detector was made for, uint8 [3, H, W] each."""
+    if settings.prior is None:  # the configuration has seen to it that this is the built-in one
+        made = scenes.scenes(SOURCE_IMAGES, SOURCE_SEED, held_out=False)
+        return [torch.from_numpy(scene.image).permute(2, 0, 1) for scene in made]
+    return list(pipelines.read_raw_images(settings.prior, "prior")[:SOURCE_IMAGES])
 
 
 def _modality(settings: ModelSettings, adapter: ModTrSettings, name: str, loaded: LoadedDetector) -> Modality:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import threading
@@ -17,17 +18,20 @@ from torch import Tensor
 from adapters.detection import Detections
 from tta_serve import images
 from tta_serve.batching import Batcher
+from tta_serve.box_lessons import Shown, Taught
 from tta_serve.config import RGB
-from tta_serve.detection import DetectionEngine, Found, Shown, Sight, Taught
+from tta_serve.detection import DetectionEngine, Found, Sight
 from tta_serve.engine import AnswerKind, to_unit
 from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge
 from tta_serve.feedback import Feedback, check_boxes
+from tta_serve.learner import Learner, Pools
 from tta_serve.metrics import Metrics
 from tta_serve.modalities import Modality, described
 from tta_serve.model_service import Limits, ModelService
 from tta_serve.remembered import Key, Memory, Remembered
 from tta_serve.router import Routed, route
 from tta_serve.views import DEFAULT_STREAM, check_stream
+from tta_serve.watch import Reading
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class Prediction(NamedTuple):
 
 class _Asked(NamedTuple):
     sight: Sight
+    adapt: bool
     asked_s: float
 
 
@@ -75,6 +80,7 @@ class DetectionService(ModelService):
         limits: of one request.
         batch_rows_max, queue_rows: see `batching.Waiting`.
         remembered: images that feedback may name by their prediction.
+        pools, budget: of the learner that aligns streams; read where the engine does so.
     """
 
     def __init__(
@@ -88,13 +94,20 @@ class DetectionService(ModelService):
         batch_rows_max: int,
         queue_rows: int,
         remembered: Remembered,
+        pools: Pools,
+        budget: float,
     ) -> None:
         super().__init__(engine.streams, labels, metrics, mode=mode, limits=limits)
         self.engine = engine
-        self._batcher: Batcher[_Asked, Found] = Batcher(self._answer, rows_max=batch_rows_max, queue_rows=queue_rows)
+        self._batcher: Batcher[_Asked, Found] = Batcher(
+            self._answer, rows_max=batch_rows_max, queue_rows=queue_rows, afterwards=self._after
+        )
         self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
         self._teacher = ThreadPoolExecutor(1, "tta-teacher", initializer=self._prepare_teacher)
         self._remembered = remembered  # touched by the event loop's thread alone
+        self._learner: Learner | None = None
+        if engine.aligner:
+            self._learner = Learner(engine.aligner, pools, budget, self.count_learned, self.count_skipped)
         self._lessons: dict[str, int] = {}  # images of each stream that wait or are being learned from
 
     def _prepare_teacher(self) -> None:
@@ -104,12 +117,16 @@ class DetectionService(ModelService):
 
     async def start(self) -> None:
         self._batcher.start()
+        if self._learner:
+            self._learner.start()
         self._running = True
 
     async def stop(self) -> None:
         self._running = False
         await self._batcher.stop()
         await asyncio.to_thread(self._teacher.shutdown, cancel_futures=True)
+        if self._learner:
+            await asyncio.to_thread(self._learner.stop)
         self._device.shutdown()
         self._decoders.shutdown()
 
@@ -118,11 +135,19 @@ class DetectionService(ModelService):
         return self._batcher.waiting_rows
 
     def pending_rows(self, stream: str | None = None) -> int:
-        return sum(self._lessons.values()) if stream is None else self._lessons.get(stream, 0)
+        waiting = self._learner.pending_rows(stream) if self._learner else 0
+        return waiting + (sum(self._lessons.values()) if stream is None else self._lessons.get(stream, 0))
 
     def drop_pending(self, stream: str) -> None:
-        # lessons that wait are of the old life, and the engine finds them stale
+        # feedback that waits is of the old life, and is found stale
         self._remembered.forget(stream)
+        if self._learner:
+            self._learner.forget(stream)
+
+    def reading(self, stream: str) -> Reading | None:
+        incarnation = self.engine.streams.record(stream).incarnation
+        drift = self.engine.aligner.drift(stream, incarnation) if self.engine.aligner else None
+        return None if drift is None else Reading(drift, math.nan, math.nan, math.nan)
 
     # -- predict ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +234,7 @@ class DetectionService(ModelService):
         try:
             routing = await self._route(x, modality)
             sight = Sight(tuple(x), tuple(each.modality for each in routing), stream, answer)
-            found = await self._batcher.submit(_Asked(sight, time.monotonic()), rows=len(x))
+            found = await self._batcher.submit(_Asked(sight, adapt, time.monotonic()), rows=len(x))
         except Overloaded:
             if begun:  # a request that was refused leaves no stream behind
                 self.engine.streams.take_back(stream, begun)
@@ -255,6 +280,16 @@ class DetectionService(ModelService):
         self.metrics.observe("tta_batch_streams", len({sight.stream for sight in sights}))
         return answers
 
+    async def _after(self, batch: Sequence[_Asked], answers: Sequence[Found]) -> None:
+        if self._learner is None:
+            return
+        for asked, found in zip(batch, answers, strict=True):
+            if not asked.adapt:
+                self.count_skipped(len(asked.sight.images), "off")
+                continue
+            for lesson in found.lessons:
+                self._learner.offer(lesson)
+
     # -- learn --------------------------------------------------------------------------------------------------------
 
     async def teach(self, items: Sequence[Feedback], stream: str, modality: str | None) -> list[Taught]:
@@ -281,8 +316,9 @@ class DetectionService(ModelService):
             raise InvalidInput("this model learns from no feedback (adapter: source, or modtr with learns: nothing)")
         if len(items) > LESSONS_MAX:
             raise TooLarge(f"feedback for {len(items)} images in one request; the limit is {LESSONS_MAX}")
-        if self.pending_rows() + len(items) > LESSONS_MAX:
-            raise Overloaded(f"feedback for {self.pending_rows()} images waits; the limit is {LESSONS_MAX}", 1.0)
+        waiting = sum(self._lessons.values())
+        if waiting + len(items) > LESSONS_MAX:
+            raise Overloaded(f"feedback for {waiting} images waits; the limit is {LESSONS_MAX}", 1.0)
         incarnation = self.engine.streams.record(stream).incarnation
         lessons = [await self._lesson(item, stream, incarnation, modality) for item in items]
         self._lessons[stream] = self._lessons.get(stream, 0) + len(lessons)
@@ -300,7 +336,7 @@ class DetectionService(ModelService):
             lesson.memory.used |= {lesson.place}
         began_s = time.monotonic()
         try:
-            taught = await self._on(self._teacher, lambda: self.engine.learn(lesson.shown))
+            taught = await self._on(self._teacher, lambda: self.engine.boxes.learn(lesson.shown))
         except BaseException:
             if lesson.memory:  # it may be tried again
                 lesson.memory.used -= {lesson.place}

@@ -5,31 +5,30 @@ Beside what it stands on (`table.py`, `monitor.py`, `runtime.py`), the only call
 `predict` and `learn` may run in two threads at once, and neither waits for the other's computing: see `states.py`.
 """
 
-import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters import Batch, Groups, Moments, Pipeline, PipelineState, optim, tree
+from adapters import Batch, Groups, Moments, Pipeline, PipelineState, tree
 from adapters.base import Forward
 from adapters.eata import MOMENTS_MIN_ROWS
 from adapters.guards import Guarded
-from tta_serve.judging import Counts, Learned, counts_of, judge
+from tta_serve import stepping
+from tta_serve.judging import Counts, Learned, counts_of
+from tta_serve.lessons import Lesson, Observed, observed, rows_of
 from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.runtime import Runtime
 from tta_serve.snapshots import Snapshots
-from tta_serve.states import TEACHING_MAX, Held, States, row_of
-from tta_serve.streams import Action, StreamRecord
+from tta_serve.states import Held, States, row_of
+from tta_serve.streams import StreamRecord
 from tta_serve.watch import Reading
-
-log = logging.getLogger(__name__)
 
 GOOD_EVERY_STEPS = 32  # steps between two of them; before one is kept, the probe is asked what was forgotten
 PULL_SHARE = 0.5  # of the way back to the source, at a guard's first trip
@@ -51,39 +50,6 @@ class Answer(NamedTuple):
     logits: NDArray[np.float32] | None  # [n, C]; None where only the frozen answer was asked for
     frozen_logits: NDArray[np.float32] | None  # [n, C]; None where only the adapted answer was asked for
     version: int  # of the state that answered
-
-
-class Lesson(NamedTuple):
-    """Rows of one stream to learn from."""
-
-    x: Tensor  # as asked, so that uint8 takes a byte while it waits; [n, 3, H, W] on the device
-    stream: str
-    incarnation: int  # of the stream when it answered; rows of an earlier life teach nothing
-    version: int
-    moments: Moments | None = None  # of the request, [1, P], where the forward measured them
-    logits: Tensor | None = None  # as answered, [n, C]
-
-    @property
-    def rows(self) -> int:
-        return len(self.x)
-
-    @property
-    def nbytes(self) -> int:
-        """What it keeps in memory while it waits."""
-        beside = 0 if self.logits is None else self.logits.nbytes
-        return self.x.nbytes + beside + (tree.nbytes(self.moments) if self.moments is not None else 0)
-
-
-class Observed(NamedTuple):
-    """The moments that a request was answered with, without its rows."""
-
-    stream: str
-    incarnation: int
-    rows: int
-    moments: Moments  # [1, P]
-
-
-L = TypeVar("L", Lesson, Observed)
 
 
 class Engine:
@@ -239,20 +205,7 @@ class Engine:
 
         What is stale or of a frozen stream is left alone, as in `learn`.
         """
-        live, _ = self._live(observed)
-        lives = [(stream, given[0].incarnation) for stream, given in live.items()]
-        for first in range(0, len(lives), TEACHING_MAX):
-            with self.streams.teaching(lives[first : first + TEACHING_MAX]) as held:
-                if held.streams:
-                    self._absorb(held, [each for stream in held.streams for each in live[stream]])
-
-    def _absorb(self, held: Held, given: Sequence[Observed]) -> None:
-        numbers = {stream: i for i, stream in enumerate(held.streams)}
-        rows = torch.tensor([numbers[each.stream] for each in given]).to(self.device)
-        groups = Groups.of(tuple(each.rows for each in given), self.device)
-        moments = tree.apply(lambda *parts: torch.cat(parts), *(each.moments for each in given))
-        new = self.pipeline.absorb(self.streams.read(held.rows), rows, groups, moments)
-        self.streams.publish(held, [record._replace(version=record.version + 1) for record in held.records], new)
+        stepping.absorb(self.streams, observed, self.pipeline.absorb, self.device)
 
     @torch.no_grad()
     def learn(self, lessons: Sequence[Lesson]) -> list[Learned]:
@@ -261,15 +214,15 @@ class Engine:
         Lessons of one stream are one group: their rows share their statistics. A lesson of another incarnation than the
         stream's present one is stale and teaches nothing; nor does one of a frozen stream.
         """
-        live, done = self._live(lessons)
+        live, done = stepping.live_of(self.streams, lessons)
         frozen, gated = self._check(live)
         for stream in gated:  # no step; their statistics are taken where they were measured
             lots = live.pop(stream)
             self.absorb(observed(lots))
-            done.append(Learned(stream, _rows(lots), 0, math.nan, "gated"))
+            done.append(Learned(stream, rows_of(lots), 0, math.nan, "gated"))
         with self.streams.teaching([(stream, lots[0].incarnation) for stream, lots in live.items()]) as held:
             for stream in live.keys() - set(held.streams):  # it went while it was looked at, or cannot be read
-                done.append(Learned(stream, _rows(live[stream]), 0, 0.0, "stale"))
+                done.append(Learned(stream, rows_of(live[stream]), 0, 0.0, "stale"))
             if held.streams:
                 done += self._step(held, [live[stream] for stream in held.streams], frozen)
         return done
@@ -278,28 +231,8 @@ class Engine:
         batch = self._batch(lots, [frozen.get(stream) for stream in held.streams])
         old = self.streams.read_to_teach(held)
         new, report = self.pipeline.adapt(old, batch.groups.index, batch)
-        counts = counts_of(report)
-        lost = self._probe(held, counts, new)
-        records, judged, actions = judge(held.streams, held.records, counts, report.entropy.tolist(), lost)
-        if "pull" in actions:
-            new = self._pull(new, self._where(actions, "pull"))
-        if "roll_back" in actions or "freeze" in actions:
-            # what a guard condemned answers nobody, not even until it is rolled back
-            new = tree.where(self._where(actions, "roll_back", "freeze"), old, new)
-        out = self.streams.publish(held, records, new)
-        for i, (stream, record, action) in enumerate(zip(held.streams, records, actions, strict=True)):
-            if action:
-                self.streams.act(stream, record, action)
-            elif out[i] and judged[i].result == "applied" and record.steps % GOOD_EVERY_STEPS == 0:
-                self.streams.keep_good(stream, record, tree.row(optim.rest(new), i))
-        return [
-            learned if is_out else learned._replace(selected=0, result="stale")
-            for learned, is_out in zip(judged, out, strict=True)
-        ]
-
-    def _where(self, actions: Sequence[Action | None], *wanted: Action) -> Tensor:
-        """Which streams one of these actions is for, bool [S]."""
-        return torch.tensor([action in wanted for action in actions], device=self.device)
+        lost = self._probe(held, counts_of(report), new)
+        return stepping.settle(self.streams, held, old, new, report, lost, self._pull, GOOD_EVERY_STEPS)
 
     def _check(self, live: dict[str, list[Lesson]]) -> tuple[dict[str, Tensor], list[str]]:
         """Check the streams whose turn it is.
@@ -343,21 +276,6 @@ class Engine:
                     found[i] = forgotten
         return found
 
-    def _live(self, lessons: Sequence[L]) -> tuple[dict[str, list[L]], list[Learned]]:
-        """The lessons that can teach, by stream, and what is said of the others."""
-        live: dict[str, list[L]] = {}
-        done: list[Learned] = []
-        records = {stream: self.streams.find(stream) for stream in {lesson.stream for lesson in lessons}}
-        for lesson in lessons:
-            record = records[lesson.stream]
-            if record is None or record.incarnation != lesson.incarnation:
-                done.append(Learned(lesson.stream, lesson.rows, 0, 0.0, "stale"))
-            elif record.frozen:
-                done.append(Learned(lesson.stream, lesson.rows, 0, 0.0, "frozen"))
-            else:
-                live.setdefault(lesson.stream, []).append(lesson)
-        return live, done
-
     def _batch(self, lots: Sequence[Sequence[Lesson]], frozen: Sequence[Tensor | None]) -> Batch:
         """The lessons of some streams as one batch, a group each; with the frozen logits of their last rows."""
         parts = []
@@ -384,19 +302,6 @@ class Engine:
 
 def _split(logits: Tensor, sizes: Sequence[int]) -> list[NDArray[np.float32]]:
     return np.split(logits.cpu().numpy(), np.cumsum(sizes)[:-1])
-
-
-def _rows(lessons: Iterable[Lesson]) -> int:
-    return sum(lesson.rows for lesson in lessons)
-
-
-def observed(lessons: Iterable[Lesson]) -> list[Observed]:
-    """What is left to learn from rows that get no step."""
-    return [
-        Observed(lesson.stream, lesson.incarnation, lesson.rows, lesson.moments)
-        for lesson in lessons
-        if lesson.moments is not None
-    ]
 
 
 def to_unit(x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 from adapters.detection import Detections
 from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
+from tta_serve.box_lessons import Taught
 from tta_serve.config import Tokens
-from tta_serve.detection import Taught
 from tta_serve.detection_service import DetectionService, Prediction, Routing
 from tta_serve.engine import AnswerKind
 from tta_serve.feedback import Feedback

@@ -11,12 +11,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from tta_serve.engine import Engine, Lesson, Observed, observed
 from tta_serve.judging import Learned
+from tta_serve.lessons import Lesson, Observed, observed
 from tta_serve.states import TEACHING_MAX
 
 log = logging.getLogger(__name__)
@@ -145,6 +145,25 @@ def _parts(lesson: Lesson) -> list[Lesson]:
     ]
 
 
+class Teachable(Protocol):
+    """What the thread teaches."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def prepare_thread(self, *, learns: bool = False) -> None:
+        """Called once in the thread."""
+        ...
+
+    def learn(self, lessons: Sequence[Lesson]) -> list[Learned]:
+        """See `Engine.learn`."""
+        ...
+
+    def absorb(self, observed: Sequence[Observed]) -> None:
+        """See `Engine.absorb`."""
+        ...
+
+
 class Learner:
     """A thread that learns from what it is given, for at most `budget` of a core's or the device's time.
 
@@ -161,7 +180,7 @@ class Learner:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Teachable,
         pools: Pools,
         budget: float,
         on_learned: Callable[[Sequence[Learned], float], None],

@@ -4,7 +4,8 @@ A modality is a value: teaching gives a new one, and whoever serves swaps it in 
 """
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,22 @@ class Modality(NamedTuple):
     def channels(self) -> int:
         """Of the images that the translator reads."""
         return self.file.config.in_channels
+
+
+class Modalities:
+    """The modalities that are served: `present` is a value, which is replaced and never changed."""
+
+    def __init__(self, present: Mapping[str, Modality]) -> None:
+        self.present = dict(present)
+        self._swapping = threading.Lock()
+
+    def swap(self, name: str, old: Modality, new: Modality) -> bool:
+        """Serve `new` where `old` is served; False where something else is by now."""
+        with self._swapping:
+            if self.present.get(name) is not old:
+                return False
+            self.present = {**self.present, name: new}
+            return True
 
 
 class SharedStep(NamedTuple):

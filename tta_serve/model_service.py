@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from tta_serve.errors import InvalidInput, NotFound, TooLarge, Unavailable
+from tta_serve.judging import Learned
 from tta_serve.metrics import Metrics
 from tta_serve.states import States
 from tta_serve.streams import StreamRecord
@@ -135,7 +136,7 @@ class ModelService(ABC):
             gated=self.gated(stream),
             entropy=record.entropy,
             drift=reading.drift if reading and math.isfinite(reading.drift) else None,
-            flip_rate=reading.flip_rate if reading else None,
+            flip_rate=reading.flip_rate if reading and math.isfinite(reading.flip_rate) else None,
             forgetting=forgetting,
             forgetting_standard_error=forgetting_error,
             pending_rows=self.pending_rows(stream),
@@ -213,6 +214,25 @@ class ModelService(ABC):
         self.metrics.set("tta_streams", len(names))
         self.metrics.set("tta_state_bytes", self._states.bytes())
         return self.metrics.text()
+
+    def count_learned(self, learned: Sequence[Learned], took_s: float) -> None:
+        """Count a step of some streams that took so long."""
+        self.metrics.observe("tta_stage_seconds", took_s, stage="learn")
+        for each in learned:
+            self.metrics.count("tta_steps_total", result=each.result)
+            for guard in each.trips:
+                self.metrics.count("tta_guard_trips_total", guard=guard)
+            if each.result in ("stale", "frozen", "gated"):  # no step was taken
+                self.count_skipped(each.seen, each.result)
+                continue
+            self.metrics.count("tta_learned_rows_total", each.seen)
+            self.metrics.count("tta_selected_rows_total", each.selected)
+            if each.result in ("applied", "filtered") and math.isfinite(each.entropy):
+                self.metrics.set("tta_entropy_nats", each.entropy)
+
+    def count_skipped(self, rows: int, reason: str) -> None:
+        """Count rows that were not learned from."""
+        self.metrics.count("tta_skipped_rows_total", rows, reason=reason)
 
     async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         try:

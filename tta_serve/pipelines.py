@@ -105,6 +105,23 @@ def read_images(path: Path, spec: InputSpec, what: str) -> Tensor:
     Raises:
         ConfigError: it holds no such images.
     """
+    x = read_raw_images(path, what)
+    if x.shape[2:] != (spec.height, spec.width):
+        resized = functional.interpolate(x.float(), (spec.height, spec.width), mode="bilinear", antialias=True)
+        x = resized.round().to(torch.uint8)
+    return x
+
+
+def read_raw_images(path: Path, what: str) -> Tensor:
+    """Images of an .npz file in their own size: uint8 [N, 3, H, W], at most the first 2,000.
+
+    Args:
+        path: of the file.
+        what: the file is for, in messages.
+
+    Raises:
+        ConfigError: it holds no such images.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images = archive["images"]
@@ -114,11 +131,7 @@ def read_images(path: Path, spec: InputSpec, what: str) -> Tensor:
         raise ConfigError(
             f"{what}: `images` of {path} is {images.dtype} {list(images.shape)}, not uint8 [N ≥ 2, H, W, 3]"
         )
-    x = torch.from_numpy(images[:FISHER_IMAGES]).permute(0, 3, 1, 2)
-    if x.shape[2:] != (spec.height, spec.width):
-        resized = functional.interpolate(x.float(), (spec.height, spec.width), mode="bilinear", antialias=True)
-        x = resized.round().to(torch.uint8)
-    return x
+    return torch.from_numpy(images[:FISHER_IMAGES]).permute(0, 3, 1, 2)
 
 
 def _batches(images: Tensor, device: torch.device) -> Iterator[Tensor]:

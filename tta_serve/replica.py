@@ -55,15 +55,21 @@ def build_service(
         limits=allowed,
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,
-        pools=Pools(adaptation.step_rows, adaptation.step_wait_s, adaptation.queue_rows),
+        pools=_pools(settings),
         budget=adaptation.budget,
     )
+
+
+def _pools(settings: ModelSettings) -> Pools:
+    adaptation = settings.adaptation
+    return Pools(adaptation.step_rows, adaptation.step_wait_s, adaptation.queue_rows)
 
 
 def _detection(
     settings: ModelSettings, metrics: Metrics, limits: Limits, engine: DetectionEngine, loaded: LoadedDetector
 ) -> DetectionService:
-    learns = settings.adapter.modtr is not None and settings.adapter.modtr.learns != "nothing"
+    modtr = settings.adapter.modtr
+    learns = engine.aligner is not None or (modtr is not None and modtr.learns != "nothing")
     feedback = settings.feedback
     return DetectionService(
         engine,
@@ -74,6 +80,8 @@ def _detection(
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,
         remembered=Remembered(feedback.remember_images, int(feedback.remember_bytes), feedback.remember_s),
+        pools=_pools(settings),
+        budget=settings.adaptation.budget,
     )
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tta_serve import images
 from tta_serve.batching import Batcher
-from tta_serve.engine import Answer, AnswerKind, Engine, Lesson, Query
+from tta_serve.engine import Answer, AnswerKind, Engine, Query
 from tta_serve.errors import InvalidInput, Overloaded, Unavailable
-from tta_serve.judging import Learned
 from tta_serve.learner import Learner, Pools
+from tta_serve.lessons import Lesson
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits, ModelService
 from tta_serve.models import InputSpec
@@ -86,7 +86,7 @@ class Service(ModelService):
             afterwards=self._after,
         )
         self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
-        self._learner = Learner(engine, pools, budget, self._count_learned, self._count_skipped)
+        self._learner = Learner(engine, pools, budget, self.count_learned, self.count_skipped)
         self._stepping: dict[str, int] = {}  # rows of each stream in the step that runs now, in `sync` mode
 
     async def start(self) -> None:
@@ -203,9 +203,9 @@ class Service(ModelService):
         lessons = []
         for asked, (_, lesson) in zip(batch, answers, strict=True):
             if not asked.adapt:
-                self._count_skipped(lesson.rows, "off")
+                self.count_skipped(lesson.rows, "off")
             elif self._is_frozen(lesson.stream):
-                self._count_skipped(lesson.rows, "frozen")
+                self.count_skipped(lesson.rows, "frozen")
             else:
                 lessons.append(lesson)
         if self.mode == "async":
@@ -220,32 +220,15 @@ class Service(ModelService):
             learned = await self._on(self._device, lambda: self.engine.learn(lessons))
         except Exception:  # the answer is out; a failed step must not end the batcher
             log.exception("a learning step failed")
-            self._count_skipped(sum(len(lesson.x) for lesson in lessons), "failed")
+            self.count_skipped(sum(len(lesson.x) for lesson in lessons), "failed")
             return
         finally:
             self._stepping = {}
-        self._count_learned(learned, time.monotonic() - began_s)
+        self.count_learned(learned, time.monotonic() - began_s)
 
     def _is_frozen(self, stream: str) -> bool:
         record = self.engine.streams.find(stream)
         return record is not None and record.frozen  # of one deleted since, the engine says that it is stale
-
-    def _count_learned(self, learned: Sequence[Learned], took_s: float) -> None:
-        self.metrics.observe("tta_stage_seconds", took_s, stage="learn")
-        for each in learned:
-            self.metrics.count("tta_steps_total", result=each.result)
-            for guard in each.trips:
-                self.metrics.count("tta_guard_trips_total", guard=guard)
-            if each.result in ("stale", "frozen", "gated"):  # no step was taken
-                self._count_skipped(each.seen, each.result)
-                continue
-            self.metrics.count("tta_learned_rows_total", each.seen)
-            self.metrics.count("tta_selected_rows_total", each.selected)
-            if each.result in ("applied", "filtered"):
-                self.metrics.set("tta_entropy_nats", each.entropy)
-
-    def _count_skipped(self, rows: int, reason: str) -> None:
-        self.metrics.count("tta_skipped_rows_total", rows, reason=reason)
 
 
 def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

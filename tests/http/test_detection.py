@@ -340,7 +340,7 @@ async def test_a_translator_that_learns_no_more_says_so(detecting):
     """Not `repeated`, which the feedback is not."""
     async with detecting(adapter={"modtr": {"learns": "modality"}}) as server:
         known = server.service.engine.modalities
-        server.service.engine._modalities = {"ir": known["ir"]._replace(frozen=True)}
+        server.service.engine._modalities.present = {"ir": known["ir"]._replace(frozen=True)}
         id = (await predict(server, GREY)).json()["id"]
         said = (await feedback(server, {"id": id, "boxes": [BOX], "labels": ["red"]})).json()
         assert said["results"][0]["result"] == "frozen"

@@ -264,10 +264,13 @@ def test_problems_of_the_whole_file(problems: Callable[[str], list[str]], text: 
         ("source: {python: my_pkg}", "source.python: String should match pattern"),
         ("source: {python: 'my_pkg:f()'}", "source.python: String should match pattern"),
         ("source: torchvision/ResNet", "source.torchvision: String should match pattern"),
-        (f"{DIGITS}, adapter: {{}}", "adapter: give exactly one adapter: eata: {…}, modtr: {…} or source: true"),
+        (
+            f"{DIGITS}, adapter: {{}}",
+            "adapter: give exactly one adapter: eata: {…}, modtr: {…} and/or alignment: {…}, or source: true",
+        ),
         (
             f"{DIGITS}, adapter: {{eata: {{}}, source: true}}",
-            "adapter: give exactly one adapter: eata: {…}, modtr: {…} or source",
+            "adapter: give exactly one adapter: eata: {…}, modtr: {…} and/or",
         ),
         (f"{DIGITS}, adapter: {{source: false}}", "adapter.source: Input should be True, not False"),
         (f"{DIGITS}, adapter: tent", "adapter: Input should be a valid dictionary"),
@@ -488,17 +491,23 @@ def test_a_detector_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (f"{SCENES}, adapter: eata", "adapter: eata is for classifiers; a detector takes modtr or source"),
+        (
+            f"{SCENES}, adapter: eata",
+            "adapter: eata is for classifiers; a detector takes modtr, alignment, both, or source",
+        ),
         (f"{SCENES}, input: {{size: [8, 8]}}", "input: a detector resizes and normalises by itself; remove it"),
         (f"{SCENES}, runtime: compile", "runtime: a detector runs in eager"),
-        (f"{SCENES}, adaptation: {{mode: sync}}", "adaptation: a detector learns from feedback alone"),
+        (f"{SCENES}, adaptation: {{mode: sync}}", "adaptation: a detector has no mode sync"),
         (f"{SCENES}, task: classification", "task: this source is a detector"),
         (f"{SCENES}, weights: COCO_V1", "a built-in model brings its own weights"),
         (f"{SCENES}, replicas: 2", "replicas: 2 need a durable store"),
         (f"{SCENES}, adapter: source, translators: {{ir: FILE}}", "translators: only the adapter modtr uses them"),
         (f"{DIGITS}, task: detection", "task: builtin/digits is no detector"),
-        (f"{DIGITS}, adapter: modtr", "translators and the adapter modtr are for detectors (task: detection)"),
-        (f"{DIGITS}, translators: {{ir: FILE}}", "translators and the adapter modtr are for detectors"),
+        (
+            f"{DIGITS}, adapter: modtr",
+            "translators and the adapters modtr and alignment are for detectors (task: detection)",
+        ),
+        (f"{DIGITS}, translators: {{ir: FILE}}", "translators and the adapters modtr and alignment are for detectors"),
         (f"{DIGITS}, task: segmentation", "task: Input should be 'classification' or 'detection', not 'segmentation'"),
         (f"{SCENES}, adapter: {{modtr: {{learns: all}}}}", "adapter.modtr.learns: Input should be 'both', 'stream', "),
         (
@@ -551,22 +560,10 @@ def test_tenants_share_no_weights(write: Callable[[str], Path], learns: str, sha
     ("words", "said"),
     [
         ("source: {python: 'a:b'}, task: detection", "a detector from python needs `labels`"),
-        (f"{SCENES}, adaptation: {{probe: {__file__}}}", "prior, adaptation.probe: a detector has a probe for each"),
+        (f"{SCENES}, adaptation: {{probe: {__file__}}}", "adaptation.probe: a detector has a probe for each"),
         (f"{SCENES}, adapter: {{modtr: {{stream_learning_rate: 0.1}}}}", "adapter.modtr.stream_learning_rate: Input"),
     ],
 )
 def test_what_a_detector_has_no_use_for(problems: Callable[[str], list[str]], words: str, said: str) -> None:
     first = problems(f"http: {{}}\nmodels:\n- {{name: m, {words}}}\n")[0]
     assert first.startswith((f"3: models.0.{said}", f"3: models.0: {said}"))
-
-
-def test_tenants_share_no_weights(problems: Callable[[str], list[str]]) -> None:
-    tenants = "auth: {tenants: {acme: T}}\nmodels:\n"
-    (problem,) = problems(f"{tenants}- {{name: m, {SCENES}}}\n")
-    assert "set adapter: {modtr: {learns: stream}}" in problem
-    Config.model_validate(
-        {
-            "auth": {"tenants": {"acme": "T"}},
-            "models": [{"name": "m", "source": "builtin/digit-scenes", "adapter": {"modtr": {"learns": "stream"}}}],
-        }
-    )

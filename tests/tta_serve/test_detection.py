@@ -20,10 +20,11 @@ from adapters.detection import Boxes, Detections
 from adapters.modtr import ModTrState
 from adapters.translator import TranslatorConfig
 from tta_serve import modalities
+from tta_serve.box_lessons import Shown, Taught
 from tta_serve.builtin import scene_detector, scenes
 from tta_serve.coco import Example
 from tta_serve.config import ModTrSettings
-from tta_serve.detection import DetectionEngine, Found, Shown, Sight, Taught
+from tta_serve.detection import DetectionEngine, Found, Sight
 from tta_serve.detectors import Detector
 from tta_serve.modalities import Modality
 
@@ -76,7 +77,7 @@ def score(engine: DetectionEngine, stream: str, modality: str = "ir") -> float:
 def teach(engine: DetectionEngine, stream: str, boxes: Boxes = SPOT, modality: str = "ir") -> Taught:
     engine.streams.open(stream)
     incarnation = engine.streams.record(stream).incarnation
-    return engine.learn(Shown((IR,), (boxes,), modality, stream, incarnation))
+    return engine.boxes.learn(Shown((IR,), (boxes,), modality, stream, incarnation))
 
 
 def own(engine: DetectionEngine, stream: str, place: int = 0) -> ModTrState:
@@ -307,7 +308,7 @@ def test_a_lesson_for_an_earlier_life_is_stale(engine: Make) -> None:
     shared = weights(mine)
     for command in (mine.streams.reset, mine.streams.delete):
         command("a")
-        done = mine.learn(Shown((IR,), (SPOT,), "ir", "a", incarnation))
+        done = mine.boxes.learn(Shown((IR,), (SPOT,), "ir", "a", incarnation))
         assert done.stream is not None
         assert (done.stream.result, done.modality) == ("stale", None)
     assert torch.equal(weights(mine), shared)
@@ -341,7 +342,7 @@ def test_images_of_several_sizes_are_as_many_steps(engine: Make) -> None:
     mine.streams.open("a")
     other = spots.tensor(spots.infrared(size=(20, 16)))
     lesson = Shown((IR, other, IR), (SPOT, SPOT, NOTHING), "ir", "a", mine.streams.record("a").incarnation)
-    done = mine.learn(lesson)
+    done = mine.boxes.learn(lesson)
     assert done.stream is not None
     assert (done.stream.seen, done.stream.result) == (3, "applied")
     assert (mine.streams.record("a").steps, mine.modalities["ir"].version) == (2, 2)

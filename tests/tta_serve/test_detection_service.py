@@ -15,12 +15,14 @@ from torch import Tensor
 
 from adapters import tree
 from tta_serve import modalities
+from tta_serve.box_lessons import Shown, Taught
 from tta_serve.config import ModTrSettings
-from tta_serve.detection import DetectionEngine, Shown, Taught
+from tta_serve.detection import DetectionEngine
 from tta_serve.detection_service import LESSONS_MAX, DetectionService, Prediction
 from tta_serve.detectors import Detector
 from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
 from tta_serve.feedback import Feedback
+from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
 from tta_serve.remembered import Remembered
@@ -60,6 +62,8 @@ def service() -> Make:
             batch_rows_max=64,
             queue_rows=queue_rows,
             remembered=Remembered(remember, 10**6, age_max_s),
+            pools=Pools(step_rows=4, step_wait_s=0.05, queue_rows=64),
+            budget=1.0,
         )
 
     return make
@@ -386,14 +390,14 @@ def test_commands_drop_what_is_remembered_of_a_stream(service: Make, command: st
 def test_a_lesson_that_waits_while_its_stream_is_reset_is_stale(service: Make) -> None:
     mine = service("ir")
     began, go_on = threading.Event(), threading.Event()
-    learn = mine.engine.learn
+    learn = mine.engine.boxes.learn
 
     def held(shown: Shown) -> Taught:
         began.set()
         assert go_on.wait(WAIT_S)
         return learn(shown)
 
-    mine.engine.learn = held  # type: ignore[method-assign]
+    mine.engine.boxes.learn = held  # type: ignore[method-assign]
 
     async def test() -> None:
         await mine.predict([IR], "a", id="p")
@@ -421,7 +425,7 @@ def test_so_much_feedback_may_wait_and_no_more(service: Make) -> None:
         assert go_on.wait(WAIT_S)
         return Taught(None, None)
 
-    mine.engine.learn = held  # type: ignore[method-assign]
+    mine.engine.boxes.learn = held  # type: ignore[method-assign]
 
     async def test() -> None:
         await mine.predict([IR] * (LESSONS_MAX + 1), "a", id="p")

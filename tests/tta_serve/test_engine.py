@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters import Pipeline, Source, tree
-from tta_serve.engine import Engine, Lesson, Query, to_unit
+from tta_serve.engine import Engine, Query, to_unit
 from tta_serve.errors import NotFound, Overloaded
+from tta_serve.lessons import Lesson
 from tta_serve.streams import StreamRecord
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from adapters import Moments, Pipeline, optim, tree
 from tta_serve import table as table_module
-from tta_serve.engine import Engine, Lesson, Query
+from tta_serve.engine import Engine, Query
 from tta_serve.judging import Learned
 from tta_serve.learner import OBSERVED_MAX, Learner, Pools
+from tta_serve.lessons import Lesson
 from tta_serve.snapshots import Folder
 
 Rows = Callable[..., Tensor]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from adapters import Moments
 from tta_serve import learner as module
-from tta_serve.engine import Lesson
 from tta_serve.judging import Learned
 from tta_serve.learner import STEP_ROWS_MAX, Learner, Pools
+from tta_serve.lessons import Lesson
 
 WAIT_S = 20.0  # for what happens at once, unless it never does
 

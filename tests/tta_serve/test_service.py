@@ -15,10 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 from adapters import Pipeline
-from tta_serve.engine import Engine, Lesson, Query
+from tta_serve.engine import Engine, Query
 from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
 from tta_serve.judging import Learned
 from tta_serve.learner import Pools
+from tta_serve.lessons import Lesson
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
 from tta_serve.models import InputSpec

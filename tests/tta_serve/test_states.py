@@ -17,8 +17,9 @@ from torch import Tensor
 
 from adapters import Pipeline, PipelineState, optim, tree
 from tta_serve import states as module
-from tta_serve.engine import Engine, Lesson, Observed, Query
+from tta_serve.engine import Engine, Query
 from tta_serve.errors import NotFound, Overloaded, Unavailable
+from tta_serve.lessons import Lesson, Observed
 from tta_serve.snapshots import Folder, Memory, Snapshots
 from tta_serve.states import KEPT_VERSIONS, States
 from tta_serve.streams import StreamRecord
