@@ -312,7 +312,7 @@ class DetectionService(ModelService):
         check_stream(stream)
         self.check_modality(modality)
         self.check_count(len(items))
-        if self.mode == "frozen":
+        if self.mode == "frozen" or self.engine.settings.learns == "nothing":
             raise InvalidInput("this model learns from no feedback (adapter: source, or modtr with learns: nothing)")
         if len(items) > LESSONS_MAX:
             raise TooLarge(f"feedback for {len(items)} images in one request; the limit is {LESSONS_MAX}")

@@ -58,6 +58,7 @@ def main(monkeypatch):
     protocol_jobs.bench.cache_clear()
 
 
+@pytest.mark.slow
 def test_all_protocols_and_methods(folder, main, capsys):
     file = folder / "out.json"
     assert main("--data", folder, "--batch", 4, "--eata-cost", 3, "--json", file) == 0

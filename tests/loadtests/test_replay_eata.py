@@ -118,6 +118,7 @@ def test_not_a_number_is_not_the_same():
     assert not nan.same
 
 
+@pytest.mark.slow
 def test_replay_on_the_authors_record():
     root = Path(__file__).resolve().parents[2]
     data = Path(os.environ.get("TTA_DATA") or root.parent / "shared" / "data" / "cifar")

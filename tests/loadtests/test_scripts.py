@@ -16,6 +16,7 @@ IN_PROCESS = {"protocol_served.py", "runtime.py", "streams.py"}  # measure the s
 MADE = {"modality_scenes.py"}  # what is sent is made there, and its measure is too; no part of the server runs here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_as_a_file_from_another_folder(script, tmp_path):
     command = [sys.executable, str(ROOT / "loadtests" / f"{script}.py"), "--help"]

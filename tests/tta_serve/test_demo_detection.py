@@ -27,6 +27,7 @@ from tta_serve.detection_service import DetectionService
 from tta_serve.detectors import Detector
 from tta_serve.http import model_app
 from tta_serve.http_detection import DetectionRoutes
+from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
 from tta_serve.remembered import Remembered
@@ -384,6 +385,8 @@ def _serving(detector: torch.nn.Module) -> Iterator[httpx.Client]:
         batch_rows_max=4,
         queue_rows=8,
         remembered=Remembered(8, 2**20, 600),
+        pools=Pools(step_rows=8, step_wait_s=0.5, queue_rows=64),
+        budget=0.3,
     )
     routes = DetectionRoutes("digit-scenes", lambda: service, Tokens(infer=None, admin=None))
     app = model_app(routes, service).app

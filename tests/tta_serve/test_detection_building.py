@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import spots
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from tta_serve import detector_models, translators
-from tta_serve.builtin import scene_detector
+from tta_serve.builtin import scene_detector, scenes
 from tta_serve.config import ModelSettings
 from tta_serve.detection import DetectionEngine, Sight
 from tta_serve.detection_building import build_detection_engine
@@ -191,3 +192,32 @@ def test_threads_are_as_before(settings: Any, caplog: pytest.LogCaptureFixture) 
     assert torch.get_num_threads() == before
     assert not caplog.records
     assert isinstance(build_detection_engine(settings())[1].detector.model, nn.Module)
+
+
+def test_alignment_of_the_built_in_model_brings_its_source(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tta_serve.detection_building.SOURCE_IMAGES", 32)
+    asked = settings(source="builtin/digit-scenes", labels=None, adapter={"alignment": {"drift_max": 1.5}})
+    engine, _ = build_detection_engine(asked)
+    assert engine.aligner is not None
+    assert engine.aligner.norm.adapter.config.drift_max == 1.5
+    assert (names(engine), engine.settings.learns) == ([], "nothing")  # alignment alone
+
+
+def test_alignment_from_an_npz(settings: Any, tmp_path: Path) -> None:
+    made = np.stack([scene.image for scene in scenes.scenes(16, seed=33, held_out=False)])
+    np.savez(tmp_path / "source.npz", images=made)
+    known: dict[str, Any] = {
+        "source": {"python": "tta_serve.builtin.scene_detector:build"},
+        "labels": scene_detector.LABELS,
+        "adapter": "alignment",
+    }
+    engine, _ = build_detection_engine(settings(**known, prior=tmp_path / "source.npz"))
+    assert engine.aligner is not None
+    np.savez(tmp_path / "few.npz", images=made[:2])
+    assert "at least 4 source images" in refusal(settings(**known, prior=tmp_path / "few.npz"))
+
+
+def test_alignment_needs_a_backbone(settings: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "source.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    message = refusal(settings(adapter="alignment", prior=tmp_path / "source.npz"))
+    assert message.startswith("models.m.adapter.alignment: this detector has no `backbone`")

@@ -267,6 +267,7 @@ def test_grey_photographs_are_not_infrared(light: float, noise_std: int, router:
     assert share("rgb", [image.expand(3, -1, -1) for image in images], router) == 1
 
 
+@pytest.mark.slow
 def test_two_thousand_grey_photographs_are_not_infrared(router: Router, cifar: list[Tensor]) -> None:
     grey = [without_colour(image) for image in cifar]
     assert len(grey) == 2000
@@ -275,6 +276,7 @@ def test_two_thousand_grey_photographs_are_not_infrared(router: Router, cifar: l
     assert share("rgb", [resized(image, 128, 128) for image in grey[:500]], router) == 1
 
 
+@pytest.mark.slow
 def test_likeness_alone_tells_infrared_from_photographs(
     held_out: tuple[list[Tensor], list[Tensor]], patches: list[Tensor]
 ) -> None:

@@ -408,6 +408,7 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     assert kernels() == first
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
     done = start(CXX="/nowhere/g++", **{runtime.CACHE_VARIABLE: str(tmp_path)})
     assert done.stdout.split()[:2] == ["eager", "True"]

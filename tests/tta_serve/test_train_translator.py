@@ -194,6 +194,7 @@ def test_fine_tuning_goes_on_too(run: Run, tmp_path: Path) -> None:
         assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_by_a_signal(ir: Path, run: Run, tmp_path: Path) -> None:
     """SIGKILL at a step that nobody chose; the process says each step as it is taken."""
     run(out="whole")
