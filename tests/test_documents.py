@@ -1,5 +1,6 @@
 """What the documents promise: every example is valid, every setting is described, every command exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,16 +19,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 HTTP = (ROOT / "docs" / "http.md").read_text()
+TRANSLATORS = (ROOT / "docs" / "translators.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("example", [*blocks(README, "yaml"), *blocks(CONFIGURATION, "yaml")])
+@pytest.mark.parametrize(
+    "example", [*blocks(README, "yaml"), *blocks(CONFIGURATION, "yaml"), *blocks(TRANSLATORS, "yaml")]
+)
 def test_every_configuration_shown_is_valid(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights.safetensors").touch()
+    for name in ("weights", "street-ir", "ir"):
+        (tmp_path / f"{name}.safetensors").touch()
     np.savez(tmp_path / "source-images.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     (tmp_path / "shown.yaml").write_text(example)
     assert config.load(tmp_path / "shown.yaml").models
@@ -85,7 +90,7 @@ def test_every_target_that_the_documents_name_exists() -> None:
 
 
 def test_every_command_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"tta-serve ([a-z]+)\b", README)) - {"is", "up"}
+    named = set(re.findall(r"tta-serve ([a-z-]+)\b", README + TRANSLATORS)) - {"is", "up"}
     assert {"check", "status", "down"} <= named
     for command in sorted({*named, "up"}):
         done = subprocess.run(
@@ -109,3 +114,16 @@ def test_metrics_are_named_as_prometheus_asks() -> None:
         assert name.startswith("tta_")
         assert name.endswith("_total") == (kind.__name__ == "Counter")
         assert text.endswith(".")
+
+
+def test_every_option_of_training_that_the_documents_name_exists() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tta_serve", "train-translator", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    named = set(re.findall(r"(--[a-z-]+)", TRANSLATORS)) - {"--data-binary", "--modality", "--count"}
+    assert len(named) > 15
+    assert not {option for option in named if option not in done.stdout}
