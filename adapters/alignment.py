@@ -168,7 +168,8 @@ class Alignment:
 
         One forward, and one backward where any stream has drifted. Every row of a drifted stream counts as reliable.
         """
-        params = states.params.detach().requires_grad_()
+        # a copy: the table's row may be a view, and other rows are written while this one is learned from
+        params = states.params.detach().clone().requires_grad_()
         seen = (batch.weights > 0).to(states.images)
         count = _sum_by_state(seen, rows, states.images)
         images = (states.feature_images + count).clamp(max=self.config.feature_images_max)

@@ -207,7 +207,8 @@ class EATA:
 
     def adapt(self, states: EATAState, rows: Tensor, batch: Batch) -> tuple[EATAState, Report]:
         """One step of every stream in the batch, from the rows of weight > 0."""
-        params = states.params.detach().requires_grad_()
+        # a copy: the table's row may be a view, and other rows are written while this one is learned from
+        params = states.params.detach().clone().requires_grad_()
         with torch.enable_grad():
             output = self.network(batch.x, self._modulation(params, states, rows, batch.groups, own_min_rows=1))
             entropy = losses.entropy(output.logits)

@@ -6,16 +6,16 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from adapters import Alignment, Batch, Groups, Moments, PipelineState
+from adapters import Alignment, Batch, Groups, PipelineState
 from adapters.guards import Guarded
 from adapters.norm import Modulation
 from tta_serve import stepping
 from tta_serve.detectors import Detector, Size
-from tta_serve.engine import GOOD_EVERY_STEPS, PULL_SHARE
+from tta_serve.engine import is_good
 from tta_serve.judging import Learned
-from tta_serve.lessons import Lesson, Observed, rows_of
+from tta_serve.lessons import Lesson, rows_of
 from tta_serve.states import TEACHING_MAX, Held, States
-from tta_serve.streams import StreamRecord
+from tta_serve.streams import PULL_SHARE, StreamRecord
 
 
 class Aligner:
@@ -27,10 +27,18 @@ class Aligner:
         streams: whose states.
         prepare_thread: called once in each thread that computes.
         stepping: held during a step; see `BoxLearner`.
+        keeps: whether its steps make versions to roll back to; not where boxes teach the same streams, since these
+            versions are those that the probe has seen.
     """
 
     def __init__(
-        self, detector: Detector, norm: Guarded, streams: States, prepare_thread: Callable[..., None], stepping: Lock
+        self,
+        detector: Detector,
+        norm: Guarded,
+        streams: States,
+        prepare_thread: Callable[..., None],
+        stepping: Lock,
+        keeps: bool,
     ) -> None:
         self.detector = detector
         assert isinstance(norm.adapter, Alignment)
@@ -39,6 +47,7 @@ class Aligner:
         self.streams = streams
         self._prepare_thread = prepare_thread
         self._stepping = stepping
+        self._keeps = keeps
         self._drifts: dict[tuple[str, int], float] = {}  # of each stream's life, after its last step
 
     @property
@@ -109,16 +118,12 @@ class Aligner:
             return new._replace(norm=self.norm.pull(new.norm, mask, PULL_SHARE))
 
         new = old._replace(norm=norm)
-        done = stepping.settle(self.streams, held, old, new, report, {}, pull, GOOD_EVERY_STEPS)
-        self._drifts.update(zip(held.lives, self._alignment.drift(norm.inner).tolist(), strict=True))
+        done = stepping.settle(self.streams, held, old, new, report, {}, pull, self._is_good)
+        for (stream, life), drift in zip(held.lives, self._alignment.drift(norm.inner).tolist(), strict=True):
+            present = self.streams.find(stream)
+            if present is not None and present.incarnation == life:  # else its life ended meanwhile, or just now
+                self._drifts[stream, life] = drift
         return done
 
-    @torch.no_grad()
-    def absorb(self, observed: Sequence[Observed]) -> None:
-        """Take the moments of requests that get no step."""
-
-        def take(states: PipelineState, rows: Tensor, groups: Groups, moments: Moments) -> PipelineState:
-            return states._replace(norm=self.norm.absorb(states.norm, rows, groups, moments))
-
-        with self._stepping:
-            stepping.absorb(self.streams, observed, take, self.device)
+    def _is_good(self, record: StreamRecord) -> bool:
+        return self._keeps and is_good(record)

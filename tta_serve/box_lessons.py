@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters import Batch, Groups, PipelineState, Report, tree
+from adapters import Batch, Groups, PipelineState, tree
 from adapters.detection import Boxes
 from adapters.modtr import ModTrState
 from adapters.translator import with_channels
 from tta_serve import modalities, stepping
 from tta_serve.config import ModTrSettings
 from tta_serve.detectors import Detector, Size, scale_boxes
-from tta_serve.engine import PULL_SHARE, to_unit
+from tta_serve.engine import to_unit
 from tta_serve.judging import Learned
 from tta_serve.modalities import Modalities, Modality, SharedStep
 from tta_serve.monitor import Forgotten
 from tta_serve.states import Held, States
-from tta_serve.streams import StreamRecord
+from tta_serve.streams import PULL_SHARE
 
 
 class Shown(NamedTuple):
@@ -119,7 +119,8 @@ class BoxLearner:
         groups = Groups.of((len(x),), self.device)
         batch = Batch(x, groups, weights=x.new_ones(len(x)), boxes=tuple(boxes))
         state, report = modality.modtr.adapt(old.input[place], rows, batch)
-        lost = self._forgotten(held.records[0], modality, state, report)
+        due = bool(report.applied[0]) and int(state.steps[0]) % modalities.PROBE_EVERY_STEPS == 0
+        lost = self._forgotten(modality, state) if due else {}
 
         def with_state(mine: ModTrState) -> PipelineState:
             return old._replace(input=tuple(mine if i == place else each for i, each in enumerate(old.input)))
@@ -128,21 +129,15 @@ class BoxLearner:
             return with_state(_pulled(modality, new.input[place]))
 
         new, report = with_state(state), report._replace(entropy=torch.full_like(report.entropy, math.nan))
-        every = modalities.PROBE_EVERY_STEPS
-        (learned,) = stepping.settle(self.streams, held, old, new, report, lost, pull, every)
+        (learned,) = stepping.settle(self.streams, held, old, new, report, lost, pull, lambda _: due)
         return learned
 
-    def _forgotten(
-        self, record: StreamRecord, modality: Modality, state: ModTrState, report: Report
-    ) -> dict[int, Forgotten]:
-        """What the stream lost on its modality's probe, when its turn comes: AP50 as a share, which has no simple
-        standard error.
-        """
-        due = bool(report.applied[0]) and (record.steps + 1) % modalities.PROBE_EVERY_STEPS == 0
-        if modality.probe is None or not due:
+    def _forgotten(self, modality: Modality, state: ModTrState) -> dict[int, Forgotten]:
+        """What the stream lost on its modality's probe: AP50, as a share, whose standard error is not known."""
+        if modality.probe is None:
             return {}
         lost = modality.probe.ap50 - modalities.measure(modality, modality.probe, self.detector, state)
-        return {0: Forgotten(lost, 0.0, lost > self.settings.ap50_drop_max)}
+        return {0: Forgotten(lost, math.nan, lost > self.settings.ap50_drop_max)}
 
 
 def _pulled(modality: Modality, states: ModTrState) -> ModTrState:

@@ -21,11 +21,10 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from adapters.detection import Boxes, Detections
-from tta_serve.detectors import Size
+from tta_serve.detectors import BACKGROUND, Size
 from tta_serve.errors import ConfigError
 from tta_serve.images import plain, upright
 
-BACKGROUND = "__background__"  # torchvision's name of the class that is nothing
 PROBLEMS_SHOWN = 20
 OVERHANG_PIXELS = 1.0  # by which a box may leave its image, and is clipped: rounding, and corners that count from 1
 

@@ -100,6 +100,7 @@ class LimitSettings(Settings):
     body_bytes: ByteSize = Field(ByteSize(32 * 2**20), gt=0)
     image_pixels: Count = 25_000_000
     images_per_request: Count = 256
+    request_pixels: Count = 100_000_000  # detectors: of all images of a request together
 
 
 class AuthSettings(Settings):
@@ -324,8 +325,11 @@ class ModelSettings(Settings):
             raise ValueError("adapter: eata is for classifiers; a detector takes modtr, alignment, both, or source")
         if self.input:
             raise ValueError("input: a detector resizes and normalises by itself; remove it")
-        if self.adaptation.probe:
-            raise ValueError("adaptation.probe: a detector has a probe for each of its translators instead")
+        if given := self.adaptation.model_fields_set & {"probe", "forgetting_max", "gate"}:
+            raise ValueError(
+                f"adaptation.{min(given)}: of a classifier; a detector has a probe and `ap50_drop_max` for its "
+                "translators, and `drift_max` for alignment"
+            )
         if self.prior and not self.adapter.alignment:
             raise ValueError("prior: of a detector, only the adapter alignment uses it")
         if self.adapter.alignment and not self.source.builtin and (self.prior is None or self.prior.suffix != ".npz"):

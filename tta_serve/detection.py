@@ -6,7 +6,7 @@ taken once for a batch and swapped whole; states are kept as there (`states.py`)
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ class Sight(NamedTuple):
     modalities: tuple[str, ...]  # of each
     stream: str
     answer: AnswerKind = "adapted"
+    adapt: bool = True  # whether the stream may be aligned with it
 
 
 class Found(NamedTuple):
@@ -100,7 +101,10 @@ class DetectionEngine:
         )
         self._stepping = threading.Lock()
         self.boxes = BoxLearner(detector, self._modalities, self.streams, settings, self._stepping)
-        self.aligner = Aligner(detector, norm, self.streams, self.prepare_thread, self._stepping) if norm else None
+        self.aligner: Aligner | None = None
+        if norm:
+            keeps = settings.learns not in ("both", "stream")
+            self.aligner = Aligner(detector, norm, self.streams, self.prepare_thread, self._stepping, keeps)
 
     def _end_life(self, stream: str, incarnation: int) -> None:
         if self.aligner:
@@ -132,7 +136,9 @@ class DetectionEngine:
                 f"there are {len(known)} translators, which is the limit; delete one before adding {name!r}"
             )
         file = translators.parse(content, self.digest, name)
-        return modalities.begin(file, self.detector, self.settings, known[name].probe if name in known else None)
+        modality = modalities.begin(file, self.detector, self.settings, known[name].probe if name in known else None)
+        modalities.check(modality, self.detector)
+        return modality
 
     def replace(self, name: str, modality: Modality | None) -> None:
         """Serve another translator for a modality, or none. Neither `predict` nor `boxes.learn` may run meanwhile.
@@ -177,11 +183,11 @@ class DetectionEngine:
                 names = [name if name in known else RGB for name in sight.modalities]  # it may just have been deleted
                 seen.append([self._take_in(*each, record) for each in zip(sight.images, names, strict=True)])
             everything = [image for images in seen for image in images]
-            translated = self._translate(known, everything)
+            translated = self._translate(known, everything, self._unseen(sights, seen))
             adapted, frozen = self._look(sights, seen, iter(translated))
             shown = iter(translated)
             lessons = [
-                self.aligner.lessons(sight.stream, record, [next(shown) for _ in images]) if self.aligner else ()
+                self._lessons(sight, record, [next(shown) for _ in images])
                 for sight, record, images in zip(sights, records, seen, strict=True)
             ]
         versions = {RGB: 0} | {name: modality.version for name, modality in known.items()}
@@ -199,18 +205,29 @@ class DetectionEngine:
             for i, record in enumerate(records)
         ]
 
+    def _lessons(self, sight: Sight, record: StreamRecord, images: Sequence[Tensor]) -> tuple[Lesson, ...]:
+        if self.aligner is None or not sight.adapt or record.frozen:
+            return ()
+        return self.aligner.lessons(sight.stream, record, images)
+
     def _take_in(self, image: Tensor, modality: str, record: StreamRecord) -> "_Image":
         x = to_unit(image.to(self.device, non_blocking=True))
         return _Image(self.detector.prepare(x), (x.shape[-2], x.shape[-1]), modality, row_of(record))
 
-    def _translate(self, known: Mapping[str, Modality], images: Sequence["_Image"]) -> list[Tensor]:
+    def _unseen(self, sights: Sequence[Sight], seen: Sequence[Sequence["_Image"]]) -> set[int]:
+        """Places among all images of those whose translation nobody asks for."""
+        asked = [sight.answer != "frozen" or (self.aligner is not None and sight.adapt) for sight in sights]
+        of_images = [wanted for wanted, images in zip(asked, seen, strict=True) for _ in images]
+        return {place for place, wanted in enumerate(of_images) if not wanted}
+
+    def _translate(self, known: Mapping[str, Modality], images: Sequence["_Image"], unseen: Set[int]) -> list[Tensor]:
         """What the detector shall look at: images grouped by translator and, within, those of streams that have
         learned nothing apart, since for them the norm layers are folded away.
         """
         found = [with_channels(image.x, 3) for image in images]
         lots: dict[tuple[str, bool], list[int]] = {}
         for number, image in enumerate(images):
-            if image.modality != RGB:
+            if image.modality != RGB and number not in unseen:
                 lots.setdefault((image.modality, image.row != 0), []).append(number)
         for (name, learned), numbers in lots.items():
             states, rows = None, torch.zeros(0, dtype=torch.int64)

@@ -24,7 +24,6 @@ SOURCE_IMAGES = 512  # whose feature maps are measured when a server starts …
 SOURCE_BATCH = 16  # … in batches of so many
 SOURCE_SEED = 21  # of the built-in detector's scenes
 SELECTED_ROWS_NEVER = 2**62  # rows in a row
-TRIAL_PIXELS = 64
 TRIAL_STREAM = "trial"
 
 
@@ -121,7 +120,9 @@ def _modality(settings: ModelSettings, adapter: ModTrSettings, name: str, loaded
 def _begun(
     path: Path, adapter: ModTrSettings, name: str, loaded: LoadedDetector, probe: Probe | None = None
 ) -> Modality:
-    return modalities.begin(translators.load(path, loaded.digest, name), loaded.detector, adapter, probe)
+    modality = modalities.begin(translators.load(path, loaded.digest, name), loaded.detector, adapter, probe)
+    modalities.check(modality, loaded.detector)
+    return modality
 
 
 def _try(settings: ModelSettings, engine: DetectionEngine) -> None:
@@ -129,7 +130,7 @@ def _try(settings: ModelSettings, engine: DetectionEngine) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(engine.threads)
     names = (RGB, *engine.modalities)
-    blank = torch.zeros(3, TRIAL_PIXELS, TRIAL_PIXELS, dtype=torch.uint8)
+    blank = torch.zeros(3, modalities.TRIAL_PIXELS, modalities.TRIAL_PIXELS, dtype=torch.uint8)
     try:
         engine.predict([Sight((blank,) * len(names), names, TRIAL_STREAM)])
         engine.streams.delete(TRIAL_STREAM)

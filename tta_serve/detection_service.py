@@ -35,6 +35,7 @@ from tta_serve.watch import Reading
 
 log = logging.getLogger(__name__)
 
+ROW_PIXELS = 2**20 * 2 // 3  # of an image that counts as one row
 LESSONS_MAX = 64  # images whose feedback may wait; more gets 429, and more in one request 413
 
 Decided = Literal["named", "recognised"]
@@ -65,7 +66,6 @@ class Prediction(NamedTuple):
 
 class _Asked(NamedTuple):
     sight: Sight
-    adapt: bool
     asked_s: float
 
 
@@ -76,7 +76,7 @@ class DetectionService(ModelService):
         engine: the detector, its translators and its states.
         labels: by the indices that it answers.
         metrics: where everything is counted.
-        mode: `async`, or `frozen` where nothing is learned or translated.
+        mode: `async`, or `frozen` where nothing is learned.
         limits: of one request.
         batch_rows_max, queue_rows: see `batching.Waiting`.
         remembered: images that feedback may name by their prediction.
@@ -162,7 +162,13 @@ class DetectionService(ModelService):
         self.check_count(len(contents))
         began_s = time.monotonic()
         limit = self.limits.image_pixels
-        x = await self._on(self._decoders, lambda: [images.decode_whole(content, limit) for content in contents])
+
+        def decode_all() -> list[Tensor]:
+            # from their headers: a hundred kilobytes may be a hundred megapixels
+            self.check_pixels(sum(images.pixels_of(content, limit) for content in contents))
+            return [images.decode_whole(content, limit) for content in contents]
+
+        x = await self._on(self._decoders, decode_all)
         self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="decode")
         return x
 
@@ -188,7 +194,16 @@ class DetectionService(ModelService):
                 f"the images are {array.shape[3]}×{array.shape[2]}, {pixels} pixels each; the limit is "
                 f"{self.limits.image_pixels} (limits.image_pixels)"
             )
+        self.check_pixels(pixels * len(array))
         return list(torch.from_numpy(images.checked_range(array)))
+
+    def check_pixels(self, pixels: int) -> None:
+        """Raise TooLarge unless a request's images may have so many pixels together."""
+        if pixels > self.limits.request_pixels:
+            raise TooLarge(
+                f"the request's images have {pixels} pixels together; the limit is {self.limits.request_pixels} "
+                "(limits.request_pixels)"
+            )
 
     def check_modality(self, name: str | None) -> str | None:
         """The modality that a client names, if there is such a translator.
@@ -233,8 +248,8 @@ class DetectionService(ModelService):
         begun = self.engine.streams.begin(stream)
         try:
             routing = await self._route(x, modality)
-            sight = Sight(tuple(x), tuple(each.modality for each in routing), stream, answer)
-            found = await self._batcher.submit(_Asked(sight, adapt, time.monotonic()), rows=len(x))
+            sight = Sight(tuple(x), tuple(each.modality for each in routing), stream, answer, adapt)
+            found = await self._batcher.submit(_Asked(sight, time.monotonic()), rows=rows_of(x))
         except Overloaded:
             if begun:  # a request that was refused leaves no stream behind
                 self.engine.streams.take_back(stream, begun)
@@ -242,7 +257,8 @@ class DetectionService(ModelService):
         self.metrics.count("tta_images_total", len(x))
         for each in found.modalities:
             self.metrics.count("tta_modality_images_total", modality=each)
-        if adapt and self.mode != "frozen":
+        record = self.engine.streams.find(stream)
+        if adapt and self.mode != "frozen" and record is not None and record.incarnation == found.incarnation:
             memory = Memory(tuple(x), found.modalities, found.incarnation, time.monotonic())
             self._remembered.keep(Key(stream, id), memory)
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in x)
@@ -284,7 +300,7 @@ class DetectionService(ModelService):
         if self._learner is None:
             return
         for asked, found in zip(batch, answers, strict=True):
-            if not asked.adapt:
+            if not asked.sight.adapt:
                 self.count_skipped(len(asked.sight.images), "off")
                 continue
             for lesson in found.lessons:
@@ -320,12 +336,12 @@ class DetectionService(ModelService):
         if waiting + len(items) > LESSONS_MAX:
             raise Overloaded(f"feedback for {waiting} images waits; the limit is {LESSONS_MAX}", 1.0)
         incarnation = self.engine.streams.record(stream).incarnation
-        lessons = [await self._lesson(item, stream, incarnation, modality) for item in items]
-        self._lessons[stream] = self._lessons.get(stream, 0) + len(lessons)
+        self._lessons[stream] = self._lessons.get(stream, 0) + len(items)  # before anything is waited for
         try:
+            lessons = await self._lessons_of(items, stream, incarnation, modality)
             return [await self._teach(lesson) for lesson in lessons]
         finally:
-            self._lessons[stream] -= len(lessons)
+            self._lessons[stream] -= len(items)
             if not self._lessons[stream]:
                 del self._lessons[stream]
 
@@ -337,46 +353,62 @@ class DetectionService(ModelService):
         began_s = time.monotonic()
         try:
             taught = await self._on(self._teacher, lambda: self.engine.boxes.learn(lesson.shown))
-        except BaseException:
-            if lesson.memory:  # it may be tried again
-                lesson.memory.used -= {lesson.place}
+        except Exception:
+            self._may_come_again(lesson)
             raise
-        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="learn")
-        self._count(taught)
+        # (of a client that has left meanwhile the step runs on, and its feedback stays used)
+        if taught.stream and taught.stream.result in ("stale", "frozen"):
+            self._may_come_again(lesson)
+        self._count(taught, time.monotonic() - began_s)
         return taught
 
-    def _count(self, taught: Taught) -> None:
-        if taught.stream:
-            self.metrics.count("tta_steps_total", result=taught.stream.result)
-            self.metrics.count("tta_learned_rows_total", taught.stream.seen)
-            self.metrics.count("tta_selected_rows_total", taught.stream.selected)
-        for step in (taught.stream, taught.modality):
-            for guard in step.trips if step else ():
-                self.metrics.count("tta_guard_trips_total", guard=guard)
+    def _may_come_again(self, lesson: "_Lesson") -> None:
+        if lesson.memory:
+            lesson.memory.used -= {lesson.place}
 
-    async def _lesson(self, item: Feedback, stream: str, incarnation: int, modality: str | None) -> "_Lesson":
-        memory = None
-        if item.image is not None:
-            (image,) = await self.decode([item.image])
-            (routing,) = await self._route([image], modality)
-            name = routing.modality
+    def _count(self, taught: Taught, took_s: float) -> None:
+        if taught.stream:
+            self.count_learned([taught.stream], took_s)
         else:
-            memory = self._remembered.find(Key(stream, item.id or ""), time.monotonic())
-            if memory is None:
-                raise NotFound(
-                    f"no prediction {str(item.id)[:100]!r} of stream {stream!r} is remembered "
-                    "(feedback.remember_images and remember_s say how many and how long); send the image with its boxes"
+            self.metrics.observe("tta_stage_seconds", took_s, stage="learn")
+            self.metrics.count("tta_learned_rows_total")
+        for guard in taught.modality.trips if taught.modality else ():
+            self.metrics.count("tta_guard_trips_total", guard=guard)
+
+    async def _lessons_of(
+        self, items: Sequence[Feedback], stream: str, incarnation: int, modality: str | None
+    ) -> list["_Lesson"]:
+        sent = [item.image for item in items if item.image is not None]
+        pictures = iter(await self.decode(sent) if sent else [])
+        lessons: list[_Lesson] = []
+        for item in items:
+            if item.image is not None:
+                image, memory = next(pictures), None
+                (routing,) = await self._route([image], modality)
+                name, life = routing.modality, incarnation
+            else:
+                memory = self._find(item, stream)
+                image, name, life = memory.images[item.place], memory.modalities[item.place], memory.incarnation
+            if name == RGB:
+                raise InvalidInput(
+                    "this image is not translated (its modality is rgb), so there is nothing that its boxes could "
+                    f"teach; name the modality if it is one of {', '.join(self.engine.modalities) or 'none'}"
                 )
-            if not 0 <= item.place < len(memory.images):
-                raise InvalidInput(f"the index is {item.place}, and that prediction has {len(memory.images)} images")
-            image, name, incarnation = memory.images[item.place], memory.modalities[item.place], memory.incarnation
-        if name == RGB:
-            raise InvalidInput(
-                "this image is not translated (its modality is rgb), so there is nothing that its boxes could teach; "
-                f"name the modality if it is one of {', '.join(self.engine.modalities) or 'none'}"
+            size = (image.shape[-2], image.shape[-1])
+            boxes = await self.off_loop(lambda: check_boxes(item, size, self.labels))  # noqa: B023  # awaited here
+            lessons.append(_Lesson(Shown((image,), (boxes,), name, stream, life), memory, item.place))
+        return lessons
+
+    def _find(self, item: Feedback, stream: str) -> Memory:
+        memory = self._remembered.find(Key(stream, item.id or ""), time.monotonic())
+        if memory is None:
+            raise NotFound(
+                f"no prediction {str(item.id)[:100]!r} of stream {stream!r} is remembered "
+                "(feedback.remember_images and remember_s say how many and how long); send the image with its boxes"
             )
-        boxes = check_boxes(item, (image.shape[-2], image.shape[-1]), self.labels)
-        return _Lesson(Shown((image,), (boxes,), name, stream, incarnation), memory, item.place)
+        if not 0 <= item.place < len(memory.images):
+            raise InvalidInput(f"the index is {item.place}, and that prediction has {len(memory.images)} images")
+        return memory
 
     async def put_translator(self, name: str, content: bytes) -> dict[str, Any]:
         """Serve another translator for a modality, from the next batch on.
@@ -386,9 +418,13 @@ class DetectionService(ModelService):
             Unavailable: the service is not running.
         """
         self.check_running()
-        modality = await self._on(self._teacher, lambda: self.engine.put(name, content))
-        await self._replace(name, modality)
-        return described(modality)
+
+        def put() -> Modality:
+            modality = self.engine.put(name, content)
+            self._replace(name, modality)
+            return modality
+
+        return described(await self._on(self._teacher, put))
 
     async def delete_translator(self, name: str) -> None:
         """Translate a modality no longer.
@@ -398,14 +434,11 @@ class DetectionService(ModelService):
             Unavailable: the service is not running.
         """
         self.check_running()
-        await self._replace(name, None)
+        await self._on(self._teacher, lambda: self._replace(name, None))
 
-    async def _replace(self, name: str, modality: Modality | None) -> None:
-        # from the thread that learns, while the thread that predicts is at it: neither does anything else meanwhile
-        def replace() -> None:
-            self._device.submit(self.engine.replace, name, modality).result()
-
-        await self._on(self._teacher, replace)
+    def _replace(self, name: str, modality: Modality | None) -> None:
+        """In the thread that learns, while the thread that predicts is at it: neither does anything else meanwhile."""
+        self._device.submit(self.engine.replace, name, modality).result()
 
     def translators(self) -> Mapping[str, dict[str, Any]]:
         """What there is to say of each modality."""
@@ -416,6 +449,15 @@ class _Lesson(NamedTuple):
     shown: Shown
     memory: Memory | None  # of the prediction that it is for
     place: int  # of the image there
+
+
+def rows_of(images: Sequence[Tensor]) -> int:
+    """What a request counts for in a batch and in the queue: a large image is as much work and memory as several.
+
+    >>> rows_of([torch.zeros(3, 480, 640), torch.zeros(3, 1080, 1920)])
+    4
+    """
+    return sum(math.ceil(image.shape[-2] * image.shape[-1] / ROW_PIXELS) for image in images)
 
 
 def _to_bytes(image: Tensor) -> Tensor:

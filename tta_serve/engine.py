@@ -27,11 +27,10 @@ from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.runtime import Runtime
 from tta_serve.snapshots import Snapshots
 from tta_serve.states import Held, States, row_of
-from tta_serve.streams import StreamRecord
+from tta_serve.streams import PULL_SHARE, StreamRecord
 from tta_serve.watch import Reading
 
 GOOD_EVERY_STEPS = 32  # steps between two of them; before one is kept, the probe is asked what was forgotten
-PULL_SHARE = 0.5  # of the way back to the source, at a guard's first trip
 
 AnswerKind = Literal["adapted", "frozen", "both"]
 
@@ -50,6 +49,11 @@ class Answer(NamedTuple):
     logits: NDArray[np.float32] | None  # [n, C]; None where only the frozen answer was asked for
     frozen_logits: NDArray[np.float32] | None  # [n, C]; None where only the adapted answer was asked for
     version: int  # of the state that answered
+
+
+def is_good(record: StreamRecord) -> bool:
+    """Whether this version is one to roll back to."""
+    return record.steps % GOOD_EVERY_STEPS == 0
 
 
 class Engine:
@@ -232,7 +236,7 @@ class Engine:
         old = self.streams.read_to_teach(held)
         new, report = self.pipeline.adapt(old, batch.groups.index, batch)
         lost = self._probe(held, counts_of(report), new)
-        return stepping.settle(self.streams, held, old, new, report, lost, self._pull, GOOD_EVERY_STEPS)
+        return stepping.settle(self.streams, held, old, new, report, lost, self._pull, is_good)
 
     def _check(self, live: dict[str, list[Lesson]]) -> tuple[dict[str, Tensor], list[str]]:
         """Check the streams whose turn it is.

@@ -5,7 +5,7 @@ import binascii
 import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
 from tta_serve.box_lessons import Taught
 from tta_serve.config import Tokens
-from tta_serve.detection_service import DetectionService, Prediction, Routing
+from tta_serve.detection_service import LESSONS_MAX, DetectionService, Prediction, Routing
 from tta_serve.engine import AnswerKind
 from tta_serve.feedback import Feedback
 from tta_serve.http_answers import Options, header_or_parameter, read_options
@@ -172,7 +172,7 @@ class DetectionRoutes:
         stream = read_options(request, asked.stream).stream
         modality = header_or_parameter(request, "x-modality", "modality", asked.modality)
         full = reach.full(stream)
-        taught = await service.teach([_feedback(item) for item in asked.items], full, modality)
+        taught = await service.teach(asked.items, full, modality)
         service.metrics.count("tta_requests_total", outcome="ok")
         version = service.view(full).version
         return JSONResponse(
@@ -185,15 +185,28 @@ class DetectionRoutes:
         )
 
 
-def parse_feedback(body: bytes) -> FeedbackRequest:
+class Asked(NamedTuple):
+    """What a body of feedback asks for."""
+
+    stream: str | None
+    modality: str | None
+    items: tuple[Feedback, ...]
+
+
+def parse_feedback(body: bytes) -> Asked:
     """The body of feedback.
 
     Raises:
         InvalidInput: it is none; says where and what.
+        TooLarge: it is about more images than one request may be.
     """
     try:
         content = json.loads(body)  # and not pydantic, so that NaN among the boxes reaches the check that names it
-        return FeedbackRequest.model_validate(content)
+        items = content.get("items") if isinstance(content, dict) else None
+        if isinstance(items, list) and len(items) > LESSONS_MAX:
+            raise errors.TooLarge(f"feedback for {len(items)} images in one request; the limit is {LESSONS_MAX}")
+        asked = FeedbackRequest.model_validate(content)
+        return Asked(asked.stream, asked.modality, tuple(_feedback(item) for item in asked.items))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -310,7 +323,7 @@ def result_of(taught: Taught) -> Mapping[str, Any]:
     """What came of one item of feedback."""
     if taught.stream is None and taught.modality is None:
         return {"result": "repeated"}
-    answer: dict[str, Any] = {"result": "filtered"}
+    answer: dict[str, Any] = {}
     if taught.modality is not None:
         answer["result"] = "applied" if taught.modality.applied else "refused"
         answer["modality"] = {
@@ -319,6 +332,6 @@ def result_of(taught: Taught) -> Mapping[str, Any]:
             "trips": list(taught.modality.trips),
         }
     if taught.stream is not None:
-        answer["result"] = taught.stream.result if answer["result"] != "applied" else "applied"
+        answer["result"] = "applied" if answer.get("result") == "applied" else taught.stream.result
         answer["stream"] = {"result": taught.stream.result, "trips": list(taught.stream.trips)}
     return answer

@@ -65,6 +65,16 @@ def decode_whole(content: bytes, pixels_max: int) -> Tensor:
         return cast(Tensor, functional.pil_to_tensor(plain(upright(image))))
 
 
+def pixels_of(content: bytes, pixels_max: int) -> int:
+    """Pixels of a picture, from its header alone.
+
+    Raises:
+        TooLarge, InvalidInput: see `decode`.
+    """
+    with _opened(content, pixels_max) as image:
+        return image.width * image.height
+
+
 def plain(image: Image.Image) -> Image.Image:
     """In 8 bits: grey where it is grey, else RGB."""
     grey = image.mode in ("1", "L", "F") or image.mode.startswith("I")

@@ -159,10 +159,6 @@ class Teachable(Protocol):
         """See `Engine.learn`."""
         ...
 
-    def absorb(self, observed: Sequence[Observed]) -> None:
-        """See `Engine.absorb`."""
-        ...
-
 
 class Learner:
     """A thread that learns from what it is given, for at most `budget` of a core's or the device's time.
@@ -176,6 +172,7 @@ class Learner:
             and the time that it waits for its turn is not spent.
         on_learned: told of every step: what was done, and its seconds.
         on_skipped: told of rows that were not learned from: how many and why.
+        absorb: see `Engine.absorb`; None: what is taught brings no moments.
     """
 
     def __init__(
@@ -185,12 +182,14 @@ class Learner:
         budget: float,
         on_learned: Callable[[Sequence[Learned], float], None],
         on_skipped: Callable[[int, str], None],
+        absorb: Callable[[Sequence[Observed]], None] | None = None,
     ) -> None:
         self.engine = engine
         self.budget = budget
         self._pools = pools
         self._on_learned = on_learned
         self._on_skipped = on_skipped
+        self._take_moments = absorb
         self._changed = threading.Condition()
         self._stopping = False
         self._resting = False  # until a time that is set: an arrival changes nothing
@@ -255,7 +254,8 @@ class Learner:
 
     def _absorb(self, given: Sequence[Observed]) -> None:
         try:
-            self.engine.absorb(given)
+            if self._take_moments:
+                self._take_moments(given)
         except Exception:  # the thread must live; the rows are counted as skipped already
             log.exception("taking the moments of %d requests failed", len(given))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapters import optim
+from adapters import optim, tree
 from adapters.detection import Boxes
 from adapters.guards import Trip, trip_names
 from adapters.modtr import ModTr, ModTrConfig, ModTrState, SharedConfig, SharedState, SharedWeights
@@ -20,15 +20,16 @@ from tta_serve import coco, translators
 from tta_serve.coco import Example
 from tta_serve.config import ModTrSettings
 from tta_serve.detectors import Detector, Size
+from tta_serve.errors import InvalidInput
 from tta_serve.router import Router
-from tta_serve.streams import Ladder
+from tta_serve.streams import PULL_SHARE, Ladder
 from tta_serve.translators import TranslatorFile
 
 log = logging.getLogger(__name__)
 
+TRIAL_PIXELS = 64
 PROBE_IMAGES = 48  # each is translated and looked at whenever the probe is asked
 PROBE_EVERY_STEPS = 8
-PULL_SHARE = 0.5  # of the way back to the file's weights, at a guard's first trip
 
 
 class Probe(NamedTuple):
@@ -108,6 +109,17 @@ def begin(file: TranslatorFile, detector: Detector, settings: ModTrSettings, pro
         return modality
     ap50 = measure(modality, probe, detector, None)
     return modality._replace(probe=probe._replace(ap50=ap50), ap50=ap50)
+
+
+def check(modality: Modality, detector: Detector) -> None:
+    """Raise InvalidInput unless the translator gives numbers that can be looked at, folded and not."""
+    noise = torch.rand(3, TRIAL_PIXELS, TRIAL_PIXELS, generator=torch.Generator().manual_seed(0)).to(detector.device)
+    images = [detector.prepare(image) for image in (torch.zeros_like(noise), noise)]
+    rows = torch.zeros(len(images), dtype=torch.int64, device=detector.device)
+    with torch.no_grad():
+        for states in (None, tree.stack([modality.modtr.init()])):
+            if not all(image.isfinite().all() for image in translate(modality, images, states, rows)):
+                raise InvalidInput("the translator makes images that are not finite; train it again")
 
 
 def translate(modality: Modality, images: Sequence[Tensor], states: ModTrState | None, rows: Tensor) -> list[Tensor]:
@@ -197,7 +209,7 @@ def _tripped(new: Modality, old: Modality, trips: Sequence[str]) -> Modality:
         state = new.state._replace(weights=weights, optimizer=optim.init("adam", source))
     else:
         state = new.good
-    return with_weights(new, state)._replace(ladder=ladder, trips=old.trips + 1, frozen=action == "freeze")
+    return with_weights(new, state)._replace(ladder=ladder, trips=old.trips + 1, frozen=action == "freeze", ap50=None)
 
 
 def probe_of(examples: Sequence[Example], detector: Detector) -> Probe:

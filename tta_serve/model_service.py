@@ -24,6 +24,7 @@ class Limits(NamedTuple):
 
     image_pixels: int
     images_per_request: int
+    request_pixels: int = 2**63  # of all images of a request; of detectors, whose images keep their sizes
 
 
 class ModelService(ABC):
@@ -138,7 +139,7 @@ class ModelService(ABC):
             drift=reading.drift if reading and math.isfinite(reading.drift) else None,
             flip_rate=reading.flip_rate if reading and math.isfinite(reading.flip_rate) else None,
             forgetting=forgetting,
-            forgetting_standard_error=forgetting_error,
+            forgetting_standard_error=forgetting_error if math.isfinite(forgetting_error or 0.0) else None,
             pending_rows=self.pending_rows(stream),
             versions=tuple(self._states.versions(stream)),
             resident=record.row is not None,
@@ -237,6 +238,10 @@ class ModelService(ABC):
     async def _on(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, call)
+        except asyncio.CancelledError:
+            if self._running:
+                raise  # the caller has left
+            raise Unavailable("the server is stopping") from None
         except RuntimeError as error:
             if not self._running and "shutdown" in str(error):
                 raise Unavailable("the server is stopping") from None

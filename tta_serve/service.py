@@ -86,7 +86,7 @@ class Service(ModelService):
             afterwards=self._after,
         )
         self._device = ThreadPoolExecutor(1, "tta-device", initializer=engine.prepare_thread)
-        self._learner = Learner(engine, pools, budget, self.count_learned, self.count_skipped)
+        self._learner = Learner(engine, pools, budget, self.count_learned, self.count_skipped, engine.absorb)
         self._stepping: dict[str, int] = {}  # rows of each stream in the step that runs now, in `sync` mode
 
     async def start(self) -> None:

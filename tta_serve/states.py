@@ -243,22 +243,22 @@ class States:
             init: the state of a stream that has learned nothing.
             migrate: see `Table.restructure`.
             why: for the streams' histories.
-
-        Raises:
-            Unavailable: snapshots cannot be deleted; nothing has changed then but those that could.
         """
         with self._lock:
-            for stream, record in self._streams.items():
-                if record.kept or record.written is not None:
-                    self._erase(stream)
             self._table.restructure(init, migrate)
             self._init = init
             for stream, record in list(self._streams.items()):
                 if record.row is None:
+                    self._end_life(stream, record)
                     new = self._new_life()._replace(events=record.events)
                 else:
                     new = record._replace(version=record.version + bool(record.row), kept=(), written=None)
                 self._streams[stream] = new.noted(why)
+                if record.kept or record.written is not None:
+                    try:
+                        self._snapshots.delete(stream)
+                    except OSError:  # it costs room and nothing else: nobody reads them any more
+                        log.exception("the old snapshots of stream %r could not be deleted", stream)
 
     def versions(self, stream: str) -> list[int]:
         """The versions that `rollback` can go to: 0 is the state of a stream that has learned nothing.

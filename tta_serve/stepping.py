@@ -10,7 +10,7 @@ from tta_serve.judging import Learned, counts_of, judge
 from tta_serve.lessons import L, Observed
 from tta_serve.monitor import Forgotten
 from tta_serve.states import TEACHING_MAX, Held, States
-from tta_serve.streams import Action
+from tta_serve.streams import Action, StreamRecord
 
 
 def live_of(streams: States, lessons: Sequence[L]) -> tuple[dict[str, list[L]], list[Learned]]:
@@ -66,7 +66,7 @@ def settle(
     report: Report,
     lost: Mapping[int, Forgotten],
     pull: Callable[[PipelineState, Tensor], PipelineState],
-    good_every_steps: int,
+    is_good: Callable[[StreamRecord], bool],
 ) -> list[Learned]:
     """Judge a step, do what the guards want, and publish what is left of it.
 
@@ -78,7 +78,7 @@ def settle(
         report: of the step.
         lost: what the streams forgot that were probed, by their place among those held.
         pull: moves states toward the source where a mask [S] is true.
-        good_every_steps: a version is kept to roll back to whenever a stream's steps are a multiple of it.
+        is_good: whether a step that was applied, and its guards let pass, makes a version to roll back to.
     """
     counts = counts_of(report)
     records, judged, actions = judge(held.streams, held.records, counts, report.entropy.tolist(), lost)
@@ -91,7 +91,7 @@ def settle(
     for i, (stream, record, action) in enumerate(zip(held.streams, records, actions, strict=True)):
         if action:
             streams.act(stream, record, action)
-        elif out[i] and judged[i].result == "applied" and record.steps % good_every_steps == 0:
+        elif out[i] and judged[i].result == "applied" and is_good(record):
             streams.keep_good(stream, record, tree.row(optim.rest(new), i))
     return [
         learned if is_out else learned._replace(selected=0, result="stale")

@@ -23,6 +23,9 @@ class Event(NamedTuple):
     what: str
 
 
+PULL_SHARE = 0.5  # of the way back to the source, on the first rung
+
+
 class Ladder(NamedTuple):
     """How far the guards have gone with a stream: each trip takes the next rung."""
 

@@ -368,3 +368,23 @@ async def test_no_feedback_breaks_the_server(taught, body):
         assert list(answer.json()) == ["error"]
     for modality in taught.service.engine.modalities.values():
         assert bool(modality.state.weights.isfinite().all())
+
+
+async def test_small_files_that_are_large_pictures(anyio_backend, detecting):
+    """Four pictures of a kilobyte, 250,000 pixels each: refused by their headers, all together."""
+    async with detecting(limits={"request_pixels": 800_000}) as server:
+        blank = picture(np.zeros((500, 500), np.uint8), "PNG")
+        files = [("images", (f"{number}.png", blank)) for number in range(4)]
+        answer = await server.client.post("/v2/models/spots/predict", files=files)
+        assert answer.status_code == 413
+        assert "1000000 pixels together; the limit is 800000 (limits.request_pixels)" in answer.json()["error"]
+        answer = await server.client.post("/v2/models/spots/predict", files=files[:3])
+        assert answer.status_code == 200
+
+
+async def test_feedback_for_many_more_images_than_may_wait(anyio_backend, detecting):
+    async with detecting() as server:
+        body = b'{"items": [' + b",".join([b'{"id": "a", "boxes": [], "labels": []}'] * 5000) + b"]}"
+        answer = await server.client.post("/v2/models/spots/feedback", content=body)
+        assert answer.status_code == 413
+        assert "feedback for 5000 images in one request; the limit is 64" in answer.json()["error"]

@@ -165,3 +165,30 @@ async def test_a_translator_of_another_detector_is_refused_by_name(server, conte
     assert answer.status_code == 400
     theirs, ours = spots.translator_file(detector=other).detector, server.service.engine.digest
     assert f"made for the detector {theirs}, this one is {ours}" in answer.json()["error"]
+
+
+async def test_a_translator_that_makes_no_numbers_is_refused(server, tmp_path):
+    file = spots.translator_file()
+    weights = {name: tensor * 1e30 if tensor.is_floating_point() else tensor for name, tensor in file.weights.items()}
+    translators.save(tmp_path / "wild.safetensors", file._replace(weights=weights))
+    answer = await put(server, "ir", (tmp_path / "wild.safetensors").read_bytes())
+    assert answer.status_code == 400
+    assert "not finite" in answer.json()["error"]
+    assert (await predict(server, "ir")).json()["predictions"][0]["detections"]
+
+
+async def test_streams_that_are_written_out_begin_anew(anyio_backend, detecting, content):
+    async with detecting(admin_token="admin", streams={"resident": 1}) as server:
+        await teach(server, "ir")
+        lives = [server.service.engine.streams.record("cam").incarnation]
+        other = await server.client.post(
+            f"{MODEL}/predict", content=picture(spots.infrared()[..., 0], "PNG"), headers={"x-session-id": "other"}
+        )
+        item = {"id": other.json()["id"], "boxes": [[4, 2, 10, 8]], "labels": ["red"]}
+        await server.client.post(f"{MODEL}/feedback", content=json.dumps({"stream": "other", "items": [item]}))
+        assert server.service.engine.streams.record("cam").row is None  # made room
+        assert (await put(server, "thermal", content("thermal"))).status_code == 200
+        lives.append(server.service.engine.streams.record("cam").incarnation)
+        assert lives[0] != lives[1]
+        assert server.service.engine.streams.record("other").steps == 1
+        await teach(server, "ir")  # and it goes on

@@ -1,13 +1,14 @@
 """Streams of a detector whose normalisation follows them: the built-in detector, in the dark."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from adapters import Alignment, alignment_prior, tree
+from adapters import Alignment, alignment_prior, optim, tree
 from adapters.detection import Boxes, Detections
 from adapters.guards import GuardConfig, Guarded
 from tta_serve.builtin import scene_detector, scenes
@@ -122,8 +123,10 @@ def test_lessons_of_another_life_and_of_frozen_streams(engine: Callable[..., Det
     before = look(mine, DARK[:2]).lessons
     mine.streams.reset("a")
     assert [done.result for done in mine.aligner.learn(before)] == ["stale"]
+    waiting = look(mine, DARK[:2]).lessons
     mine.streams.freeze("a")
-    assert teach(mine, DARK[:2]) == ["frozen"]
+    assert [done.result for done in mine.aligner.learn(waiting)] == ["frozen"]
+    assert look(mine, DARK[:2]).lessons == ()  # none is made where nothing is learned
     assert mine.streams.record("a").version == 0
 
 
@@ -155,12 +158,46 @@ def test_what_is_not_finite_is_refused(engine: Callable[..., DetectionEngine]) -
     assert mine.aligner is not None
     teach(mine, DARK[:8])
     (lesson,) = look(mine, DARK[:2]).lessons
-    answer = look(mine, DARK[8:9]).detections
-    mine.aligner.learn([lesson])
-    known = tree.encode(mine.streams.state("a"))
+    answer, known = look(mine, DARK[8:9]).detections, tree.encode(mine.streams.state("a"))
     broken = Lesson(torch.full_like(lesson.x, torch.nan), "b", mine.streams.open("b").incarnation, 0)
     (done,) = mine.aligner.learn([broken])
     assert (done.result, done.trips) == ("refused", ("non_finite",))
     assert all(torch.equal(leaf, known[name]) for name, leaf in tree.encode(mine.streams.state("a")).items())
     assert same(look(mine, DARK[8:9], "b").detections, look(engine(aligns=False), DARK[8:9]).detections)
-    assert answer is not None
+    assert same(look(mine, DARK[8:9]).detections, answer)
+
+
+def test_a_step_of_one_stream_while_another_row_is_written(
+    engine: Callable[..., DetectionEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned from is a copy: a state read alone is a view of the table, which others go on writing to."""
+    mine = engine()
+    assert mine.aligner is not None
+    teach(mine, DARK[:2], "a")
+    teach(mine, DARK[:2], "b")
+    network = mine.detector.network
+    assert network is not None
+    forward = type(network).__call__
+
+    def write_meanwhile(self: Any, *given: Any) -> Any:
+        table = mine.streams._table
+        table.write([mine.streams.record("b").row or 0], tree.stack([optim.rest(mine.streams.state("b"))]))
+        return forward(self, *given)
+
+    (lesson,) = look(mine, DARK[2:4], "a").lessons
+    monkeypatch.setattr(type(network), "__call__", write_meanwhile)
+    assert [done.result for done in mine.aligner.learn([lesson])] == ["applied"]
+
+
+def test_drift_is_kept_of_living_streams_alone(engine: Callable[..., DetectionEngine]) -> None:
+    mine = engine()
+    assert mine.aligner is not None
+    for number in range(4):
+        teach(mine, DARK[:2], f"s{number}")
+        mine.streams.delete(f"s{number}")
+    assert mine.aligner._drifts == {}
+
+
+def test_nothing_is_aligned_with_what_asked_not_to_be(engine: Callable[..., DetectionEngine]) -> None:
+    (found,) = engine().predict([Sight((DARK[0],), ("rgb",), "a", adapt=False)])
+    assert found.lessons == ()

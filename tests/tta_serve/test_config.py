@@ -81,7 +81,12 @@ models:
 """
     settings = load(write(text))
     assert settings.http.port == 9000
-    assert settings.limits.model_dump() == {"body_bytes": 10**6, "image_pixels": 25 * 10**6, "images_per_request": 8}
+    assert settings.limits.model_dump() == {
+        "body_bytes": 10**6,
+        "image_pixels": 25 * 10**6,
+        "images_per_request": 8,
+        "request_pixels": 10**8,
+    }
     (model,) = settings.models
     assert model.source.torchvision == "resnet18"
     assert model.input is not None
@@ -560,7 +565,8 @@ def test_tenants_share_no_weights(write: Callable[[str], Path], learns: str, sha
     ("words", "said"),
     [
         ("source: {python: 'a:b'}, task: detection", "a detector from python needs `labels`"),
-        (f"{SCENES}, adaptation: {{probe: {__file__}}}", "adaptation.probe: a detector has a probe for each"),
+        (f"{SCENES}, adaptation: {{probe: {__file__}}}", "adaptation.probe: of a classifier; a detector has"),
+        (f"{SCENES}, adaptation: {{gate: false}}", "adaptation.gate: of a classifier; a detector has"),
         (f"{SCENES}, adapter: {{modtr: {{stream_learning_rate: 0.1}}}}", "adapter.modtr.stream_learning_rate: Input"),
     ],
 )

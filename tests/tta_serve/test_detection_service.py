@@ -1,6 +1,7 @@
 """The service around a real engine with a detector of bright spots; events say when a thread may go on."""
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import spots
 import torch
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
@@ -437,6 +439,86 @@ def test_so_much_feedback_may_wait_and_no_more(service: Make) -> None:
         go_on.set()
         assert len(await waiting) == LESSONS_MAX
         assert mine.pending_rows() == 0
+
+    play(mine, test)
+
+
+def test_the_limit_counts_feedback_whose_pictures_are_still_decoded(service: Make) -> None:
+    mine = service("ir")
+
+    async def test() -> None:
+        await mine.predict([IR], "a", id="p")
+        file = io.BytesIO()
+        Image.fromarray(spots.infrared()[..., 0]).save(file, "PNG")
+        picture = file.getvalue()
+        items = [spot(image=picture) for _ in range(40)]
+        both = await asyncio.gather(*(mine.teach(items, "a", "ir") for _ in range(2)), return_exceptions=True)
+        assert [type(each) for each in both] == [list, Overloaded]
+        assert mine.pending_rows() == 0
+
+    play(mine, test)
+
+
+def test_feedback_whose_client_has_left_is_learned_once(service: Make) -> None:
+    mine = service("ir")
+    began, go_on = threading.Event(), threading.Event()
+    learn = mine.engine.boxes.learn
+
+    def held(shown: Shown) -> Taught:
+        began.set()
+        assert go_on.wait(WAIT_S)
+        return learn(shown)
+
+    mine.engine.boxes.learn = held  # type: ignore[method-assign]
+
+    async def test() -> None:
+        await mine.predict([IR], "a", id="p")
+        leaving = asyncio.create_task(mine.teach([spot(id="p")], "a", None))
+        assert await asyncio.to_thread(began.wait, WAIT_S)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        go_on.set()
+        (again,) = await mine.teach([spot(id="p")], "a", None)
+        assert again == Taught(None, None)  # repeated
+        await asyncio.to_thread(mine._teacher.submit(lambda: None).result)  # the step of the one that left
+        assert mine.engine.modalities["ir"].version == 1
+
+    play(mine, test)
+
+
+def test_feedback_that_taught_nothing_may_come_again(service: Make) -> None:
+    mine = service("ir")
+
+    async def test() -> None:
+        await mine.predict([IR], "a", id="p")
+        mine.engine.streams.freeze("a")
+        (done,) = await mine.teach([spot(id="p")], "a", None)
+        assert done.stream is not None
+        assert done.stream.result == "frozen"
+        assert value(mine, "tta_learned_rows_total") == 0
+        assert value(mine, "tta_skipped_rows_total", reason="frozen") == 1
+        mine.engine.streams.resume("a")
+        (done,) = await mine.teach([spot(id="p")], "a", None)
+        assert done.stream is not None
+        assert done.stream.result == "applied"
+
+    play(mine, test)
+
+
+def test_what_is_answered_after_a_stream_was_deleted_is_not_remembered(service: Make) -> None:
+    mine = service("ir")
+    predict = mine.engine.predict
+
+    def deleting(sights: Any) -> Any:
+        found = predict(sights)
+        mine.engine.streams.delete("a")
+        return found
+
+    mine.engine.predict = deleting  # type: ignore[method-assign]
+
+    async def test() -> None:
+        await mine.predict([IR], "a", id="p")
+        assert mine._remembered.images == 0
 
     play(mine, test)
 
