@@ -17,8 +17,9 @@ from adapters.detection import Detections
 from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
 from tta_serve.box_lessons import Taught
+from tta_serve.box_service import LESSONS_MAX, Routing
 from tta_serve.config import Tokens
-from tta_serve.detection_service import LESSONS_MAX, DetectionService, Prediction, Routing
+from tta_serve.detection_service import DetectionService, Prediction
 from tta_serve.engine import AnswerKind
 from tta_serve.feedback import Feedback
 from tta_serve.http_answers import Options, header_or_parameter, read_options

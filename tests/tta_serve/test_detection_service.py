@@ -18,9 +18,10 @@ from torch import Tensor
 from adapters import tree
 from tta_serve import modalities
 from tta_serve.box_lessons import Shown, Taught
+from tta_serve.box_service import LESSONS_MAX
 from tta_serve.config import ModTrSettings
 from tta_serve.detection import DetectionEngine
-from tta_serve.detection_service import LESSONS_MAX, DetectionService, Prediction
+from tta_serve.detection_service import DetectionService, Prediction
 from tta_serve.detectors import Detector
 from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge, Unavailable
 from tta_serve.feedback import Feedback
