@@ -11,19 +11,20 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
 
 import faster_coco_eval
 import numpy as np
 import torch
 import torchvision
-from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.detection import Boxes, Detections
+from tta_serve import coco
 from tta_serve.builtin import scene_detector, scenes
 from tta_serve.builtin.scenes import Scene
+from tta_serve.coco import AP
 
 SEED = 0
 STEPS = 2400
@@ -42,13 +43,6 @@ HELD_OUT_SCENES = 500
 HELD_OUT_SEED = 0
 
 
-class Precision(NamedTuple):
-    """COCO's average precision, from 0 to 1, over all classes."""
-
-    ap: float  # mean over the IoU thresholds 0.50, 0.55 … 0.95
-    ap50: float  # at IoU 0.50
-
-
 def main() -> None:
     """Train, write, measure."""
     started = time.monotonic()
@@ -56,10 +50,11 @@ def main() -> None:
     model, progress = train(STEPS)
     seconds = time.monotonic() - started
     save_file(model.state_dict(), scene_detector.WEIGHTS, metadata={"model": "digit-scenes"})
+    scene_detector.WEIGHTS.chmod(0o644)  # safetensors writes for its owner alone
     in_colour = list(scenes.scenes(HELD_OUT_SCENES, HELD_OUT_SEED, held_out=True))
-    visible = average_precision(model, in_colour)
-    in_grey = average_precision(model, (each._replace(image=grey(each.image)) for each in in_colour))
-    infrared = average_precision(model, scenes.infrared_scenes(HELD_OUT_SCENES, HELD_OUT_SEED, held_out=True))
+    visible = measured(model, in_colour)
+    in_grey = measured(model, (each._replace(image=grey(each.image)) for each in in_colour))
+    infrared = measured(model, scenes.infrared_scenes(HELD_OUT_SCENES, HELD_OUT_SEED, held_out=True))
     log = {
         "model": "digit-scenes",
         "sha256": hashlib.sha256(scene_detector.WEIGHTS.read_bytes()).hexdigest(),
@@ -138,27 +133,18 @@ def targets(made: Sequence[Scene]) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def average_precision(model: nn.Module, made: Iterable[Scene]) -> Precision:
+def measured(model: nn.Module, made: Iterable[Scene]) -> AP:
     """How well a detector, in evaluation mode, finds the digits of the scenes."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for id, scene in enumerate(made, start=1):
-        images.append({"id": id, "height": scene.image.shape[0], "width": scene.image.shape[1]})
-        for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
-            annotations.append(scenes.coco_annotation(len(annotations) + 1, id, box, label))
+    truth, found, sizes = [], [], []
+    for scene in made:
         (detected,) = model([to_tensor(scene.image)])
-        for box, label, score in zip(*(detected[key].tolist() for key in ("boxes", "labels", "scores")), strict=True):
-            found.append(scenes.coco_annotation(len(found) + 1, id, box, label) | {"score": score})
-    if not found:  # which `loadRes` cannot read
-        return Precision(ap=0.0, ap50=0.0)
-    truth = COCO({"images": images, "annotations": annotations, "categories": scenes.coco_categories()})
-    evaluation = COCOeval_faster(truth, truth.loadRes(found), "bbox")
-    evaluation.run()
-    return Precision(ap=float(evaluation.stats[0]), ap50=float(evaluation.stats[1]))
+        found.append(Detections(detected["boxes"], detected["labels"], detected["scores"]))
+        truth.append(Boxes(torch.from_numpy(scene.boxes), torch.from_numpy(scene.labels)))
+        sizes.append((scene.image.shape[0], scene.image.shape[1]))
+    return coco.average_precision(truth, found, sizes)
 
 
-def rounded(precision: Precision) -> dict[str, float]:
+def rounded(precision: AP) -> dict[str, float]:
     """For the log."""
     return {name: round(value, 4) for name, value in precision._asdict().items()}
 

@@ -219,7 +219,7 @@ def test_average_precision_by_hand() -> None:
         )
     ] * 2
     answers = [([[8.0, 8.0, 28.0, 48.0]], [3], [0.9]), ([[8.0, 8.0, 18.0, 48.0]], [3], [0.8])]
-    precision = train_scenes.average_precision(Oracle(answers), truth)
+    precision = train_scenes.measured(Oracle(answers), truth)
     assert precision.ap50 == pytest.approx(1.0)
     # at the nine higher thresholds: precision 1 up to a recall of 0.5, which is 51 of COCO's 101 points
     assert precision.ap == pytest.approx((1 + 9 * 51 / 101) / 10)
@@ -227,7 +227,7 @@ def test_average_precision_by_hand() -> None:
 
 def test_average_precision_of_nothing_found_is_zero() -> None:
     truth = [scenes.scene(0, 0, held_out=True, size=(64, 64))]
-    assert train_scenes.average_precision(Oracle([([], [], [])]), truth) == (0.0, 0.0)
+    assert train_scenes.measured(Oracle([([], [], [])]), truth) == (0.0, 0.0)
 
 
 def test_tinted_keeps_polarity_and_is_sometimes_grey() -> None:
@@ -304,10 +304,10 @@ def test_mean_and_std_are_about_those_of_the_scenes() -> None:
 def test_shipped_detector_sees_colour_and_grey_but_not_infrared(detector: nn.Module) -> None:
     in_colour = list(scenes.scenes(60, 0, held_out=True))
     in_grey = [each._replace(image=train_scenes.grey(each.image)) for each in in_colour]
-    assert train_scenes.average_precision(detector, in_colour).ap50 >= 0.8
-    assert train_scenes.average_precision(detector, in_grey).ap50 >= 0.8
+    assert train_scenes.measured(detector, in_colour).ap50 >= 0.8
+    assert train_scenes.measured(detector, in_grey).ap50 >= 0.8
     infrared = scenes.infrared_scenes(60, 0, held_out=True)
-    assert train_scenes.average_precision(detector, infrared).ap50 < 0.3
+    assert train_scenes.measured(detector, infrared).ap50 < 0.3
 
 
 def test_log_names_the_shipped_weights_and_meets_the_goals() -> None:
