@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import quote
 
 import httpx
@@ -94,7 +94,7 @@ class Client:
         self.model = model
         self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport)
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

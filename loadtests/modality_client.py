@@ -44,18 +44,21 @@ class Detected(NamedTuple):
 class Detector(Client):
     """One detector of one server."""
 
-    def detect(self, image: NDArray[np.uint8], *, stream: str, modality: str | None = None) -> Detected:
-        """Look at one image; nothing is learned from it.
+    def detect(
+        self, image: NDArray[np.uint8], *, stream: str, modality: str | None = None, adapt: bool = False
+    ) -> Detected:
+        """Look at one image.
 
         Args:
             image: uint8 [C, H, W], C 3 (RGB) or 1.
             stream: whose state answers.
             modality: of the image; the server recognises it where None.
+            adapt: whether it may be learned from, or remembered.
 
         Raises:
             RequestFailed: the server did not answer as a detector does.
         """
-        request = encode(image, stream=stream, modality=modality, adapt=False)
+        request = encode(image, stream=stream, modality=modality, adapt=adapt)
         return decode(self._call("POST", self.infer_path, headers=request.headers, content=request.body))
 
     def teach(

@@ -141,7 +141,7 @@ def test_source_mismatch_lets_the_other_sites_take_part() -> None:
         def init(self) -> tuple[()]:
             return ()
 
-        def transform(self, states: object, rows: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        def transform(self, states: object, rows: Tensor, x: Tensor) -> Tensor:
             return -x
 
     class Swap:
@@ -150,7 +150,7 @@ def test_source_mismatch_lets_the_other_sites_take_part() -> None:
         def init(self) -> tuple[()]:
             return ()
 
-        def score(self, states: object, rows: Tensor, features: None, logits: Tensor) -> Tensor:  # noqa: ARG002
+        def score(self, states: object, rows: Tensor, features: None, logits: Tensor) -> Tensor:
             return logits.flip(1)
 
     def mismatch(**sites: object) -> float:

@@ -221,7 +221,7 @@ class Obedient:
     def modulate(self, states: Two, rows: Tensor, groups: Groups) -> Modulation:
         raise NotImplementedError("asked")
 
-    def absorb(self, states: Two, rows: Tensor, groups: Groups, moments: Moments) -> Two:  # noqa: ARG002
+    def absorb(self, states: Two, rows: Tensor, groups: Groups, moments: Moments) -> Two:
         return states._replace(mean=states.mean.index_copy(0, rows, moments.mean[:, 0]))
 
     def pull(self, states: Two, mask: Tensor, share: float) -> Two:
