@@ -9,7 +9,8 @@ demo: .venv/ready
 	$(BIN)/tta-serve demo
 
 test: .venv/ready
-	$(BIN)/pytest -m "not real and not slow"
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not real and not slow and not smoke"
+	$(BIN)/pytest -m smoke
 
 test-real: .venv/ready
 	$(BIN)/pytest -m "real or slow"
