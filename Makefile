@@ -10,7 +10,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not real and not slow and not smoke"
-	$(BIN)/pytest -m smoke
+	$(BIN)/pytest -m smoke tests/real
 
 test-real: .venv/ready
 	$(BIN)/pytest -m "real or slow"
