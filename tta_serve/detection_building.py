@@ -14,7 +14,7 @@ from tta_serve.builtin import scenes
 from tta_serve.config import RGB, AlignmentSettings, ModelSettings, ModTrSettings
 from tta_serve.detection import DetectionEngine, Sight
 from tta_serve.detector_models import LoadedDetector
-from tta_serve.detectors import NO_BACKBONE
+from tta_serve.detectors import NO_BACKBONE, TRIAL_PIXELS
 from tta_serve.engine import cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError, InvalidInput
 from tta_serve.modalities import Modality, Probe
@@ -130,7 +130,7 @@ def _try(settings: ModelSettings, engine: DetectionEngine) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(engine.threads)
     names = (RGB, *engine.modalities)
-    blank = torch.zeros(3, modalities.TRIAL_PIXELS, modalities.TRIAL_PIXELS, dtype=torch.uint8)
+    blank = torch.zeros(3, TRIAL_PIXELS, TRIAL_PIXELS, dtype=torch.uint8)
     try:
         engine.predict([Sight((blank,) * len(names), names, TRIAL_STREAM)])
         engine.streams.delete(TRIAL_STREAM)

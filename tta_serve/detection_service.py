@@ -239,13 +239,10 @@ class DetectionService(BoxService):
 
     async def _answer(self, batch: Sequence[_Asked]) -> Sequence[Found]:
         began_s = time.monotonic()
-        for asked in batch:
-            self.metrics.observe("tta_stage_seconds", began_s - asked.asked_s, stage="queue")
         sights = [asked.sight for asked in batch]
         answers = await self._on(self._device, lambda: self.engine.predict(sights))
-        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="predict")
-        self.metrics.observe("tta_batch_rows", sum(len(sight.images) for sight in sights))
-        self.metrics.observe("tta_batch_streams", len({sight.stream for sight in sights}))
+        rows, streams = sum(len(sight.images) for sight in sights), len({sight.stream for sight in sights})
+        self.observe_batch([asked.asked_s for asked in batch], began_s, rows, streams)
         return answers
 
     async def _after(self, batch: Sequence[_Asked], answers: Sequence[Found]) -> None:

@@ -10,10 +10,9 @@ from torch import nn
 from tta_serve import models
 from tta_serve.builtin import scene_detector
 from tta_serve.config import ModelSettings
-from tta_serve.detectors import Detector
+from tta_serve.detectors import TRIAL_PIXELS, Detector
 from tta_serve.errors import ConfigError
 
-TRIAL_PIXELS = 64
 BUILTIN_TRANSLATORS = {"ir": models.BUILTIN_FOLDER / "scenes_ir.safetensors"}  # of digit-scenes
 
 

@@ -21,6 +21,7 @@ from adapters.detection import Boxes, Detections
 from adapters.norm import Modulation, Network
 
 BACKGROUND = "__background__"  # torchvision's name of the class that is nothing
+TRIAL_PIXELS = 64  # height and width of what is looked at before anything is served
 SIZE_DIVISIBLE = 32  # of a model without torchvision's transform: what it is taken to pad to
 NO_BACKBONE = "this detector has no `backbone` behind torchvision's transform: there is nothing to modulate"
 

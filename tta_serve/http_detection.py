@@ -18,7 +18,7 @@ from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
 from tta_serve.box_lessons import Taught
 from tta_serve.box_service import LESSONS_MAX, Routing
-from tta_serve.config import Tokens
+from tta_serve.config import RGB, Tokens
 from tta_serve.detection_service import DetectionService, Prediction
 from tta_serve.engine import AnswerKind
 from tta_serve.feedback import Feedback
@@ -113,7 +113,7 @@ class DetectionRoutes:
                     "task": "detection",
                     "labels": list(service.labels),
                     "mode": service.mode,
-                    "modalities": ["rgb", *service.engine.modalities],
+                    "modalities": [RGB, *service.engine.modalities],
                     "input": "3 channels (RGB) or 1, any height and width; FP32 in 0 … 1, or UINT8 in 0 … 255",
                     "images_per_request": service.limits.images_per_request,
                 },

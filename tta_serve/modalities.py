@@ -19,7 +19,7 @@ from adapters.translator import folded, with_channels
 from tta_serve import coco, translators
 from tta_serve.coco import Example
 from tta_serve.config import ModTrSettings
-from tta_serve.detectors import Detector, Size
+from tta_serve.detectors import TRIAL_PIXELS, Detector, Size
 from tta_serve.errors import InvalidInput
 from tta_serve.router import Router
 from tta_serve.streams import PULL_SHARE, Ladder
@@ -27,7 +27,6 @@ from tta_serve.translators import TranslatorFile
 
 log = logging.getLogger(__name__)
 
-TRIAL_PIXELS = 64
 PROBE_IMAGES = 48  # each is translated and looked at whenever the probe is asked
 PROBE_EVERY_STEPS = 8
 

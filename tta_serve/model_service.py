@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,21 @@ class ModelService(ABC):
             self.metrics.count("tta_selected_rows_total", each.selected)
             if each.result in ("applied", "filtered") and math.isfinite(each.entropy):
                 self.metrics.set("tta_entropy_nats", each.entropy)
+
+    def observe_batch(self, asked_s: Sequence[float], began_s: float, rows: int, streams: int) -> None:
+        """Count a forward that ends now.
+
+        Args:
+            asked_s: when each of its requests came.
+            began_s: when it began.
+            rows: in it.
+            streams: in it.
+        """
+        for each_s in asked_s:
+            self.metrics.observe("tta_stage_seconds", began_s - each_s, stage="queue")
+        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="predict")
+        self.metrics.observe("tta_batch_rows", rows)
+        self.metrics.observe("tta_batch_streams", streams)
 
     def count_skipped(self, rows: int, reason: str) -> None:
         """Count rows that were not learned from."""

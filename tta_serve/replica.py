@@ -41,10 +41,8 @@ def build_service(
     Raises:
         ConfigError: see `build_engine`.
     """
-    metrics, allowed = (
-        Metrics(settings.name, replica),
-        Limits(limits.image_pixels, limits.images_per_request, limits.request_pixels),
-    )
+    metrics = Metrics(settings.name, replica)
+    allowed = Limits(limits.image_pixels, limits.images_per_request, limits.request_pixels)
     if settings.task == "detection":
         return _detection(settings, metrics, allowed, *build_detection_engine(settings, models_on_node, folder))
     engine, model = build_engine(settings, models_on_node, folder)

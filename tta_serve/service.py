@@ -188,13 +188,10 @@ class Service(ModelService):
 
     async def _answer(self, batch: Sequence[_Asked]) -> Sequence[tuple[Answer, Lesson]]:
         began_s = time.monotonic()
-        for asked in batch:
-            self.metrics.observe("tta_stage_seconds", began_s - asked.asked_s, stage="queue")
         queries = [asked.query for asked in batch]
         answers = await self._on(self._device, lambda: self.engine.predict(queries))
-        self.metrics.observe("tta_stage_seconds", time.monotonic() - began_s, stage="predict")
-        self.metrics.observe("tta_batch_rows", sum(len(query.x) for query in queries))
-        self.metrics.observe("tta_batch_streams", len({query.stream for query in queries}))
+        rows, streams = sum(len(query.x) for query in queries), len({query.stream for query in queries})
+        self.observe_batch([asked.asked_s for asked in batch], began_s, rows, streams)
         return answers
 
     async def _after(self, batch: Sequence[_Asked], answers: Sequence[tuple[Answer, Lesson]]) -> None:

@@ -72,6 +72,22 @@ def service() -> Make:
     return make
 
 
+def hold_lessons(
+    service: DetectionService, learn: Callable[[Shown], Taught] | None = None
+) -> tuple[threading.Event, threading.Event]:
+    """From now on a lesson sets the first event, and waits for the second before it learns."""
+    began, go_on = threading.Event(), threading.Event()
+    then = learn or service.engine.boxes.learn
+
+    def held(shown: Shown) -> Taught:
+        began.set()
+        assert go_on.wait(WAIT_S)
+        return then(shown)
+
+    service.engine.boxes.learn = held  # type: ignore[method-assign]
+    return began, go_on
+
+
 def play(service: DetectionService, test: Callable[[], Awaitable[None]]) -> None:
     """Run a test while the service runs."""
 
@@ -392,15 +408,7 @@ def test_commands_drop_what_is_remembered_of_a_stream(service: Make, command: st
 
 def test_a_lesson_that_waits_while_its_stream_is_reset_is_stale(service: Make) -> None:
     mine = service("ir")
-    began, go_on = threading.Event(), threading.Event()
-    learn = mine.engine.boxes.learn
-
-    def held(shown: Shown) -> Taught:
-        began.set()
-        assert go_on.wait(WAIT_S)
-        return learn(shown)
-
-    mine.engine.boxes.learn = held  # type: ignore[method-assign]
+    began, go_on = hold_lessons(mine)
 
     async def test() -> None:
         await mine.predict([IR], "a", id="p")
@@ -421,14 +429,7 @@ def test_a_lesson_that_waits_while_its_stream_is_reset_is_stale(service: Make) -
 
 def test_so_much_feedback_may_wait_and_no_more(service: Make) -> None:
     mine = service("ir", remember=2 * LESSONS_MAX)
-    began, go_on = threading.Event(), threading.Event()
-
-    def held(shown: Shown) -> Taught:
-        began.set()
-        assert go_on.wait(WAIT_S)
-        return Taught(None, None)
-
-    mine.engine.boxes.learn = held  # type: ignore[method-assign]
+    began, go_on = hold_lessons(mine, lambda _: Taught(None, None))
 
     async def test() -> None:
         await mine.predict([IR] * (LESSONS_MAX + 1), "a", id="p")
@@ -462,15 +463,7 @@ def test_the_limit_counts_feedback_whose_pictures_are_still_decoded(service: Mak
 
 def test_feedback_whose_client_has_left_is_learned_once(service: Make) -> None:
     mine = service("ir")
-    began, go_on = threading.Event(), threading.Event()
-    learn = mine.engine.boxes.learn
-
-    def held(shown: Shown) -> Taught:
-        began.set()
-        assert go_on.wait(WAIT_S)
-        return learn(shown)
-
-    mine.engine.boxes.learn = held  # type: ignore[method-assign]
+    began, go_on = hold_lessons(mine)
 
     async def test() -> None:
         await mine.predict([IR], "a", id="p")
