@@ -16,13 +16,22 @@ from adapters.base import (
     Report,
     UnsupportedModel,
 )
+from adapters.class_means import ClassMeans, ClassMeansConfig, ClassMeansPrior, fit_class_means
+from adapters.components import Components, fit_components
 from adapters.detection import Boxes, DetectionLoss, Detections
 from adapters.drift import Drift, DriftPrior, DriftReading, drift_prior
 from adapters.eata import EATA, EATAConfig, EATAPrior, EATAState
+from adapters.flat_keys import FlatKeys, FlatKeysConfig, fit_flat_keys
 from adapters.forgetting import Forgetting, Forgot, Probe
+from adapters.fusion import Fusion
 from adapters.guards import GuardConfig, Guarded, GuardedState, Trip, trip_names
+from adapters.heads import Head, Items, NeverLearned
+from adapters.keys import Keys, KeysConfig, KeysPrior, fit_keys
+from adapters.kv_bottleneck import Counts, CountsConfig
+from adapters.kv_gradient import KVGradient, KVGradientConfig
 from adapters.modtr import ModTr, ModTrConfig, ModTrState, SharedConfig, SharedState, SharedWeights, Taught
 from adapters.norm import Modulation, Network, Statistics
+from adapters.ridge import Ridge, RidgeConfig, fit_ridge
 from adapters.source import Source
 from adapters.translator import SIZES, Translator, TranslatorConfig, folded
 
@@ -37,6 +46,12 @@ __all__ = [
     "AlignmentState",
     "Batch",
     "Boxes",
+    "ClassMeans",
+    "ClassMeansConfig",
+    "ClassMeansPrior",
+    "Components",
+    "Counts",
+    "CountsConfig",
     "DetectionLoss",
     "Detections",
     "Drift",
@@ -45,23 +60,36 @@ __all__ = [
     "EATAConfig",
     "EATAPrior",
     "EATAState",
+    "FlatKeys",
+    "FlatKeysConfig",
     "Forgetting",
     "Forgot",
+    "Fusion",
     "Groups",
     "GuardConfig",
     "Guarded",
     "GuardedState",
+    "Head",
+    "Items",
+    "KVGradient",
+    "KVGradientConfig",
+    "Keys",
+    "KeysConfig",
+    "KeysPrior",
     "ModTr",
     "ModTrConfig",
     "ModTrState",
     "Modulation",
     "Moments",
     "Network",
+    "NeverLearned",
     "Output",
     "Pipeline",
     "PipelineState",
     "Probe",
     "Report",
+    "Ridge",
+    "RidgeConfig",
     "SharedConfig",
     "SharedState",
     "SharedWeights",
@@ -74,6 +102,11 @@ __all__ = [
     "UnsupportedModel",
     "alignment_prior",
     "drift_prior",
+    "fit_class_means",
+    "fit_components",
+    "fit_flat_keys",
+    "fit_keys",
+    "fit_ridge",
     "folded",
     "trip_names",
 ]

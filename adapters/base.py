@@ -10,7 +10,8 @@ An adapter has a *site*, the place where it meets the network, and the one metho
     norm    modulate(states, rows, groups) -> Modulation
     head    score(states, rows, features, logits) -> logits
 
-and all have `adapt(states, rows, batch) -> (states', report)`, which leaves the old states alone. So reset is `init()`,
+and all have `adapt(states, rows, batch) -> (states', report)`, which leaves the old states alone. (A head
+grows with the labels that it is told, so that its table is a tuple of S states; see `heads.py`.) So reset is `init()`,
 rollback is an older value, a snapshot is an encoding, and forgetting a stream is deleting its row.
 
 Laws, which `checks.check_adapter` proves for each adapter:
@@ -84,6 +85,7 @@ class Output(NamedTuple):
     logits: Tensor  # [B, C]
     features: Tensor | None  # what the last linear layer read, [B, F]; None where there is no such layer
     moments: Moments | None  # where the forward used them
+    network_logits: Tensor | None = None  # before the head, where there is one, [B, C]
 
 
 class Batch(NamedTuple):
@@ -236,11 +238,11 @@ class Pipeline:
         output = (forward or self.network)(x, modulation)
         if self.head:
             logits = self.head.score(states.head, rows, output.features, output.logits)
-            output = output._replace(logits=logits)
+            output = output._replace(logits=logits, network_logits=output.logits)
         return output
 
     def adapt(self, states: PipelineState, rows: Tensor, batch: Batch) -> tuple[PipelineState, Report]:
-        """Let every site learn from the batch; the report is that of the last site that learns."""
+        """Let every site learn from the batch, the head where there are labels; the report is the last site's."""
         report = Report.empty(_table_rows(rows, states), batch.x.device)
         new = states
         if self.input:
@@ -250,7 +252,7 @@ class Pipeline:
         if self.norm:
             state, report = self.norm.adapt(states.norm, rows, batch)
             new = new._replace(norm=state)
-        if self.head:
+        if self.head and batch.targets is not None:
             state, report = self.head.adapt(states.head, rows, batch)
             new = new._replace(head=state)
         return new, report

@@ -5,7 +5,7 @@ table of four states, and raises an `AssertionError` that names the first law br
 is the law.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapters import tree
 from adapters.base import Batch, Groups, Output, Pipeline, PipelineState, Report
+from adapters.claims import equal_bits, near, reachable, require, same, unchanged
 from adapters.detection import Boxes
 
 STREAMS = (2, 0, 2, 0)  # whose request each of the four is; of the table's rows 0 … 3, 1 and 3 stay without data
@@ -154,7 +155,7 @@ def _init_is_constant(case: _Case) -> None:
     """`init()` gives the same value bit for bit, before and after adapting: it is the reset."""
     first = case.pipeline.init()
     _adapt(case)
-    _same("init()", case.pipeline.init(), first)
+    same("init()", case.pipeline.init(), first)
 
 
 def _layout_is_kept(case: _Case) -> None:
@@ -163,23 +164,23 @@ def _layout_is_kept(case: _Case) -> None:
     old = dict(tree.leaves(case.states))
     for name, leaf in tree.leaves(new):
         before = old.pop(name, None)
-        _require(before is not None, f"{name} is new")
+        require(before is not None, f"{name} is new")
         assert before is not None
         now, then = (leaf.shape, leaf.dtype, leaf.device), (before.shape, before.dtype, before.device)
-        _require(now == then, f"{name} was {then}, is {now}")
-        _require(not leaf.requires_grad, f"{name} carries a graph")
-    _require(not old, f"{', '.join(old)} is gone")
+        require(now == then, f"{name} was {then}, is {now}")
+        require(not leaf.requires_grad, f"{name} carries a graph")
+    require(not old, f"{', '.join(old)} is gone")
     lengths = {field.shape[:1] for field in report}
-    _require(len(lengths) == 1, f"the report's fields have lengths {lengths}")
+    require(len(lengths) == 1, f"the report's fields have lengths {lengths}")
 
 
 def _adapt_changes_no_argument(case: _Case) -> None:
     """`adapt` changes neither its arguments nor anything reachable from the pipeline."""
     rows, batch = _play(case)
     everything = {"pipeline": case.pipeline, "states": case.states, "rows": rows, "batch": batch}
-    before = dict(_reachable(everything))
+    before = dict(reachable(everything))
     case.pipeline.adapt(case.states, rows, batch)
-    _unchanged(before, dict(_reachable(everything)))
+    unchanged(before, dict(reachable(everything)))
 
 
 def _adapt_is_deterministic(case: _Case) -> None:
@@ -188,21 +189,21 @@ def _adapt_is_deterministic(case: _Case) -> None:
     generator = torch.get_rng_state()
     first = case.pipeline.adapt(case.states, rows, batch)
     second = case.pipeline.adapt(case.states, rows, batch)
-    _same("the new states", second[0], first[0])
-    _same("the report", second[1], first[1])
-    _require(torch.equal(torch.get_rng_state(), generator), "the global random generator was drawn from")
+    same("the new states", second[0], first[0])
+    same("the report", second[1], first[1])
+    require(torch.equal(torch.get_rng_state(), generator), "the global random generator was drawn from")
 
 
 def _predict_is_pure(case: _Case) -> None:
     """`predict` gives the same bits for the same arguments, changes nothing and leaves no graph."""
     rows, batch = _play(case)
     everything = {"pipeline": case.pipeline, "states": case.states, "rows": rows, "batch": batch}
-    before = dict(_reachable(everything))
+    before = dict(reachable(everything))
     first = case.pipeline.predict(case.states, rows, batch.groups, batch.x)
     second = case.pipeline.predict(case.states, rows, batch.groups, batch.x)
-    _same("the answer", second.logits, first.logits)
-    _unchanged(before, dict(_reachable(everything)))
-    _require(not first.logits.requires_grad, "the answer carries a graph")
+    same("the answer", second.logits, first.logits)
+    unchanged(before, dict(reachable(everything)))
+    require(not first.logits.requires_grad, "the answer carries a graph")
 
 
 def _streams_are_independent(case: _Case) -> None:
@@ -211,15 +212,15 @@ def _streams_are_independent(case: _Case) -> None:
     for stream in ACTIVE:
         own = [request for request, owner in enumerate(STREAMS) if owner == stream]
         state, alone = _adapt(_alone(case, stream), requests=own, streams=(0, 0, 0, 0))
-        _near(f"stream {stream}", tree.row(mixed, stream), tree.row(state, 0), case.tolerance)
-        _near(f"the report on stream {stream}", tree.row(report, stream), tree.row(alone, 0), case.tolerance)
+        near(f"stream {stream}", tree.row(mixed, stream), tree.row(state, 0), case.tolerance)
+        near(f"the report on stream {stream}", tree.row(report, stream), tree.row(alone, 0), case.tolerance)
 
 
 def _idle_streams_keep_every_bit(case: _Case) -> None:
     """Rows of the table without data keep their values bit for bit."""
     new, _ = _adapt(case)
     for stream in IDLE:
-        _same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
+        same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
 
 
 def _answers_are_independent(case: _Case) -> None:
@@ -227,7 +228,7 @@ def _answers_are_independent(case: _Case) -> None:
     mixed = torch.split(_predict(case).logits, list(case.sizes))
     for request, stream in enumerate(STREAMS):
         alone = _predict(_alone(case, stream), requests=[request], streams=(0, 0, 0, 0))
-        _near(f"request {request}", mixed[request], alone.logits, case.tolerance)
+        near(f"request {request}", mixed[request], alone.logits, case.tolerance)
 
 
 def _order_does_not_matter(case: _Case) -> None:
@@ -238,26 +239,26 @@ def _order_does_not_matter(case: _Case) -> None:
     order = torch.cat([order[1::2], order[::2].flip(0)])
     groups = batch.groups._replace(index=batch.groups.index[order])
     output = case.pipeline.predict(case.states, rows[order], groups, batch.x[order])
-    _near("the answers", output.logits, batch.output.logits[order], case.tolerance)
+    near("the answers", output.logits, batch.output.logits[order], case.tolerance)
     targets, boxes = _at(batch.targets, order), _boxes_at(batch.boxes, order)
     shuffled = Batch(batch.x[order], groups, batch.weights[order], output, targets=targets, boxes=boxes)
     expected, _ = case.pipeline.adapt(case.states, rows, batch)
     new, _ = case.pipeline.adapt(case.states, rows[order], shuffled)
-    _near("the new states", new, expected, case.tolerance)
+    near("the new states", new, expected, case.tolerance)
 
 
 def _weight_zero_teaches_nothing(case: _Case) -> None:
     """Where every row weighs 0, all states keep every bit, and the report has seen nothing."""
     new, report = _adapt(case, weights=(0, 0, 0, 0))
-    _same("the states", new, case.states)
-    _require(not (report.seen.any() or report.selected.any() or report.applied.any()), f"the report says {report}")
+    same("the states", new, case.states)
+    require(not (report.seen.any() or report.selected.any() or report.applied.any()), f"the report says {report}")
 
 
 def _weight_zero_is_absence(case: _Case) -> None:
     """A request whose rows all weigh 0 might as well not be in the batch."""
     new, _ = _adapt(case, weights=(1, 1, 0, 0))
     expected, _ = _adapt(case, requests=(0, 1))
-    _near("the new states", new, expected, case.tolerance)
+    near("the new states", new, expected, case.tolerance)
 
 
 def _one_row_is_enough(case: _Case) -> None:
@@ -265,9 +266,9 @@ def _one_row_is_enough(case: _Case) -> None:
     for stream in ACTIVE:
         single = {"requests": [1], "streams": (stream,) * 4}
         logits = _predict(case, **single).logits
-        _require(len(logits) == 1 and bool(logits.isfinite().all()), f"stream {stream} is answered {logits}")
+        require(len(logits) == 1 and bool(logits.isfinite().all()), f"stream {stream} is answered {logits}")
         new, _ = _adapt(case, **single)
-        _require(_finite(new), f"the state of stream {stream} is not finite")
+        require(_finite(new), f"the state of stream {stream} is not finite")
 
 
 def _nan_stays_where_it_is(case: _Case) -> None:
@@ -277,12 +278,12 @@ def _nan_stays_where_it_is(case: _Case) -> None:
     poisoned = case._replace(x=x)
     answers, expected = (torch.split(_predict(each).logits, list(case.sizes)) for each in (poisoned, case))
     for request in (0, 1, 3):
-        _near(f"the answer to request {request}", answers[request], expected[request], case.tolerance)
+        near(f"the answer to request {request}", answers[request], expected[request], case.tolerance)
     new, clean = _adapt(poisoned)[0], _adapt(case)[0]
-    _near("stream 0", tree.row(new, 0), tree.row(clean, 0), case.tolerance)
+    near("stream 0", tree.row(new, 0), tree.row(clean, 0), case.tolerance)
     for stream in IDLE:
-        _same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
-    _require(not case.guarded or _finite(new), "the guarded state of stream 2 is not finite")
+        same(f"stream {stream}", tree.row(new, stream), tree.row(case.states, stream))
+    require(not case.guarded or _finite(new), "the guarded state of stream 2 is not finite")
 
 
 def _encoding_keeps_every_bit(case: _Case) -> None:
@@ -290,10 +291,10 @@ def _encoding_keeps_every_bit(case: _Case) -> None:
     like = case.pipeline.init()
     for state in (like, *(tree.row(_adapt(case)[0], stream) for stream in range(4))):
         tensors = tree.encode(state)
-        _require(len(tensors) == len(list(tree.leaves(state))), "two leaves have one name")
+        require(len(tensors) == len(list(tree.leaves(state))), "two leaves have one name")
         places = [tensor.data_ptr() for tensor in tensors.values() if tensor.numel()]
-        _require(len(set(places)) == len(places), "two leaves share their memory")
-        _same("the decoded state", tree.decode(like, tensors), state)
+        require(len(set(places)) == len(places), "two leaves share their memory")
+        same("the decoded state", tree.decode(like, tensors), state)
 
 
 def _device_and_dtype_come_from_tensors(case: _Case) -> None:
@@ -310,11 +311,11 @@ def _device_and_dtype_come_from_tensors(case: _Case) -> None:
     finally:
         torch.set_default_dtype(default)
     assert batch.output is not None
-    _same("init()", init, start)
-    _same("the new states", new, states)
-    _same("the answer", output.logits, batch.output.logits)
+    same("init()", init, start)
+    same("the new states", new, states)
+    same("the answer", output.logits, batch.output.logits)
     for name, field in tree.leaves(report):
-        _require(field.device == batch.x.device, f"the report's {name} is on {field.device}")
+        require(field.device == batch.x.device, f"the report's {name} is on {field.device}")
 
 
 def _learns_as_promised(case: _Case) -> None:
@@ -322,10 +323,10 @@ def _learns_as_promised(case: _Case) -> None:
     new, report = _adapt(case)
     for stream in ACTIVE:
         pairs = zip(tree.leaves(tree.row(new, stream)), tree.leaves(tree.row(case.states, stream)), strict=True)
-        moved = any(a.is_floating_point() and not _equal_bits(a, b) for (_, a), (_, b) in pairs)
-        _require(moved == case.learns, f"stream {stream} {'moved' if moved else 'did not move'}")
+        moved = any(a.is_floating_point() and not equal_bits(a, b) for (_, a), (_, b) in pairs)
+        require(moved == case.learns, f"stream {stream} {'moved' if moved else 'did not move'}")
         applied = bool(report.applied[stream])
-        _require(applied == case.learns, f"the report says that stream {stream} took {'a' if applied else 'no'} step")
+        require(applied == case.learns, f"the report says that stream {stream} took {'a' if applied else 'no'} step")
 
 
 _LAWS: dict[str, Callable[[_Case], None]] = {
@@ -352,77 +353,5 @@ _LAWS: dict[str, Callable[[_Case], None]] = {
 LAWS: tuple[str, ...] = tuple(_LAWS)
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:  # not `assert`: the suite must also find faults under `python -O`
-        raise AssertionError(otherwise)
-
-
-def _equal_bits(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        return False
-    return torch.equal(*(each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))
-
-
-def _pairs(what: str, found: Any, expected: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    left, right = dict(tree.leaves(found)), dict(tree.leaves(expected))
-    _require(left.keys() == right.keys(), f"{what} has leaves {list(left)}, not {list(right)}")
-    for name in left:
-        yield f"{what}.{name}" if name else what, left[name], right[name]
-
-
-def _same(what: str, found: Any, expected: Any) -> None:
-    for name, a, b in _pairs(what, found, expected):
-        _require(_equal_bits(a, b), f"{name} is {a}, not {b}")
-
-
-def _near(what: str, found: Any, expected: Any, tolerance: float) -> None:
-    for name, a, b in _pairs(what, found, expected):
-        near = a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
-        _require(near, f"{name} is {a}, not {b}")
-
-
 def _finite(states: Any) -> bool:
     return all(bool(leaf.isfinite().all()) for _, leaf in tree.leaves(states))
-
-
-def _reachable(root: object) -> Iterator[tuple[str, Tensor | str]]:
-    """Every tensor (copied) and plain value reachable through attributes and containers, by path; None is as absent."""
-    visited: set[int] = set()
-
-    def visit(path: str, thing: object) -> Iterator[tuple[str, Tensor | str]]:
-        if isinstance(thing, Tensor):
-            yield path, thing.detach().clone()
-            yield f"{path}.requires_grad", str(thing.requires_grad)
-            if thing.is_leaf and thing.grad is not None:
-                yield f"{path}.grad", thing.grad.clone()
-        elif isinstance(thing, torch.Generator):
-            yield path, thing.get_state()
-        elif isinstance(thing, bool | int | float | complex | str | bytes):
-            yield path, repr(thing)
-        elif thing is not None and not isinstance(thing, type) and id(thing) not in visited:
-            visited.add(id(thing))
-            for name, part in _parts(thing):
-                yield from visit(f"{path}.{name}", part)
-
-    return visit("", root)
-
-
-def _parts(thing: object) -> Iterator[tuple[str, object]]:
-    if isinstance(thing, Mapping):
-        yield from ((str(key), value) for key, value in thing.items())
-    elif isinstance(thing, tuple | list):
-        yield from zip(getattr(thing, "_fields", map(str, range(len(thing)))), thing, strict=True)
-    elif isinstance(thing, set | frozenset):
-        yield "members", repr(sorted(map(repr, thing)))
-    if hasattr(thing, "__dict__"):
-        yield from vars(thing).items()
-    for name in getattr(type(thing), "__slots__", ()):
-        if hasattr(thing, name):
-            yield name, getattr(thing, name)
-
-
-def _unchanged(before: dict[str, Tensor | str], after: dict[str, Tensor | str]) -> None:
-    for path in sorted(before.keys() | after.keys()):
-        a, b = before.get(path), after.get(path)
-        same = _equal_bits(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        _require(same, f"{path.removeprefix('.')} was {a}, is {b}")

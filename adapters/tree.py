@@ -4,6 +4,7 @@ A *state* has leaves without a batch dimension; *states* (a stacked table) have 
 dimension in front, one row a stream.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -90,6 +91,20 @@ def decode(like: T, tensors: dict[str, Tensor]) -> T:
         raise ValueError(f"these tensors do not fit the state: {', '.join(wrong)}")
     names = iter(expected)
     return apply(lambda leaf: tensors[next(names)].to(leaf.device), like)
+
+
+def digest(state: Any) -> str:
+    """A name for a state's value, 64 hexadecimal digits (SHA-256): equal for states that are equal bit for bit.
+
+    >>> one = digest((torch.tensor(1),))
+    >>> one == digest((torch.tensor(1),)), one == digest((torch.tensor(1.0),))
+    (True, False)
+    """
+    sha = hashlib.sha256()
+    for name, leaf in encode(state).items():
+        sha.update(f"{name} {leaf.dtype} {list(leaf.shape)}\n".encode())
+        sha.update(leaf.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def nbytes(tree: Any) -> int:

@@ -136,7 +136,7 @@ def test_blend_by_hand() -> None:
     x = torch.tensor([[1.0], [3.0], [7.0]])
     rows, groups = torch.tensor([0, 0, 1]), Groups.of((2, 1))
     told = of_source(network, rows, groups, Statistics.BLEND, evidence=evidence(8.0, 8.0, 0.0))
-    answer, _, moments = network(x, told)
+    answer, _, moments, _ = network(x, told)
     # request 0 has mean 2, variance 1, the source 0 and 1; half of each: mean 1, variance 1 + 0.25·4 = 2
     torch.testing.assert_close(answer, torch.tensor([[0.0], [2 / 2**0.5], [7.0]]))
     assert moments is not None
