@@ -67,24 +67,29 @@ class Fusion:
         """
         if features is None:
             raise AdapterError("a head needs the features of the network, and this one gives none")
-        told = [i for i, table in enumerate(states) if table.classes]
         added = [[number for number in table.classes if number >= self.labels] for table in states]
         width = self.labels + max((len(each) for each in added), default=0)
-        if not told:
+        evidence = self._evidence(states, rows, features)
+        if not evidence:
             return logits
         fused = logits.new_full((len(logits), width), ABSENT)
         fused[:, : self.labels] = logits
-        for i in told:
-            mine = (rows == i).nonzero().flatten()
-            if len(mine):
-                scores = self.head.score(states[i], self.head.encode(features[mine])).to(logits.dtype)
-                known = [n if n < self.labels else self.labels + added[i].index(n) for n in states[i].classes]
-                columns = torch.tensor(known, device=logits.device)
-                labels = torch.tensor(states[i].images, dtype=logits.dtype, device=logits.device)
-                own = fused[mine, : self.labels + len(added[i])]
-                joined = self._joined(own, columns, scores + (labels / (labels + 1)).log())
-                fused[mine, : joined.shape[1]] = joined
+        for i, (mine, scores) in evidence.items():
+            place = {number: self.labels + column for column, number in enumerate(added[i])}
+            columns = torch.tensor([place.get(number, number) for number in states[i].classes], device=logits.device)
+            joined = self._joined(fused[mine, : self.labels + len(added[i])], columns, scores.to(logits.dtype))
+            fused[mine, : joined.shape[1]] = joined
         return fused
+
+    def none(self, states: Sequence[Any], rows: Tensor, features: Tensor) -> Tensor:
+        """How likely each row is none of its head's classes, P(none | x), [B]; 1 where that was told nothing.
+
+        Args and Raises: see `score`.
+        """
+        found = features.new_ones(len(features))
+        for mine, scores in self._evidence(states, rows, features).values():
+            found[mine] = torch.softmax(_with_none(scores), dim=1)[:, 0]
+        return found
 
     def adapt(self, states: Sequence[Any], rows: Tensor, batch: Batch) -> tuple[tuple[Any, ...], Report]:
         """Learn the labels of a batch, as `batch.targets` gives them.
@@ -107,6 +112,21 @@ class Fusion:
                 seen[i] = len(mine)
         return tuple(new), report._replace(seen=seen, reliable=seen, selected=seen, applied=seen > 0)
 
+    def _evidence(self, states: Sequence[Any], rows: Tensor, features: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each table that was told something and has rows here: these, [b], and log e_y of its classes, [b, K]."""
+        told = torch.tensor([bool(table.classes) for table in states], device=rows.device)
+        mine = told[rows].nonzero().flatten() if len(states) else rows[:0]
+        if not len(mine):
+            return {}
+        codes, owners = self.head.encode(features[mine]), rows[mine]
+        found = {}
+        for i in torch.unique(owners).tolist():
+            here = (owners == i).nonzero().flatten()
+            labels = torch.tensor(states[i].images, dtype=features.dtype, device=features.device)
+            scores: Tensor = self.head.score(states[i], codes[here])
+            found[i] = mine[here], scores + (labels / (labels + 1)).log()
+        return found
+
     def _joined(self, logits: Tensor, columns: Tensor, scores: Tensor) -> Tensor:
         """One answer of both.
 
@@ -117,10 +137,15 @@ class Fusion:
         """
         if self.answers == "head":
             return torch.full_like(logits, ABSENT).index_copy(1, columns, scores)
-        none = torch.cat([scores.new_zeros(len(scores), 1), scores], dim=1).logsumexp(dim=1, keepdim=True)  # −log P
+        none = _with_none(scores).logsumexp(dim=1, keepdim=True)  # −log P(none)
         whole = logits.logsumexp(
             dim=1, keepdim=True
         )  # the network's scale is kept: logits stay what they were, shifted
         own = logits - none
         theirs = whole + scores - none
         return own.index_copy(1, columns, torch.logaddexp(own[:, columns], theirs))
+
+
+def _with_none(scores: Tensor) -> Tensor:
+    """One unit of evidence for `none` in front of the classes' [b, K]."""
+    return torch.cat([scores.new_zeros(len(scores), 1), scores], dim=1)

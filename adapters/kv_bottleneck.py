@@ -124,10 +124,13 @@ class Counts:
 
         Args:
             state: what was counted.
-            before: of another state; values of classes whose counts are the very same are taken from it.
+            before: of another state; values of classes whose counts are the same are taken from it.
         """
-        ready = {id(part): values for part, values in zip(before.parts, before.values, strict=True)} if before else {}
-        values = [ready[id(part)] if id(part) in ready else self._values(part) for part in state.classes]
+        known = dict(zip(before.classes, zip(before.parts, before.values, strict=True), strict=True)) if before else {}
+        values = []
+        for part in state.classes:
+            there, ready = known.get(int(part.number), (None, None))
+            values.append(ready if ready is not None and _are_same(there, part) else self._values(part))
         numbers = tuple(int(each.number) for each in state.classes)
         images = tuple(int(each.images) for each in state.classes)
         return CountsTable(numbers, images, state.classes, tuple(values))
@@ -187,6 +190,15 @@ def _shares(keys: Keys) -> list[Tensor]:
         family = met.view(len(met), -1, branch)
         shares.append((family / family.sum(dim=2, keepdim=True)).view(-1, cells))
     return shares
+
+
+def _are_same(some: ClassCounts | None, other: ClassCounts) -> bool:
+    return some is other or (
+        some is not None
+        and torch.equal(some.images, other.images)
+        and torch.equal(some.cells, other.cells)
+        and torch.equal(some.counts, other.counts)
+    )
 
 
 def _to_children(value: Tensor, branch: int) -> Tensor:

@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 HTTP = (ROOT / "docs" / "http.md").read_text()
 TRANSLATORS = (ROOT / "docs" / "translators.md").read_text()
+LABELS = (ROOT / "docs" / "labels.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -27,7 +28,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "example", [*blocks(README, "yaml"), *blocks(CONFIGURATION, "yaml"), *blocks(TRANSLATORS, "yaml")]
+    "example",
+    [*blocks(README, "yaml"), *blocks(CONFIGURATION, "yaml"), *blocks(TRANSLATORS, "yaml"), *blocks(LABELS, "yaml")],
 )
 def test_every_configuration_shown_is_valid(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,7 +54,7 @@ KEYS = [(name, key) for name, model in ALL_SETTINGS.items() for key in model.mod
 
 
 def test_the_settings_are_found() -> None:
-    assert len(ALL_SETTINGS) == 16
+    assert len(ALL_SETTINGS) == 19
     assert ("EATASettings", "class_mix") in KEYS
 
 
@@ -71,6 +73,7 @@ def test_every_default_shown_is_the_one_in_force(default: tuple[str, str]) -> No
         "25e6": "25000000",
         "100e6": "100000000",
         "true": "True",
+        "[16, 4, 4]": "(16, 4, 4)",
     }
     same = {shown, written.get(shown, shown), f"{shown}.0"}
     assert same & actual or key == "adapter", f"{key}: documented {shown}, in force {sorted(actual)}"
@@ -82,7 +85,7 @@ def test_every_route_is_described() -> None:
 
     tokens = config.Tokens(infer=None, admin=None)
     classifiers, detectors = ModelRoutes("m", no_service, tokens).table, DetectionRoutes("m", no_service, tokens).table
-    assert (len(classifiers), len(detectors)) == (12, 16)
+    assert (len(classifiers), len(detectors)) == (15, 16)
     for route in (*classifiers, *detectors):
         path = f"/v2/models/{{m}}{route.path}".removesuffix("/")
         assert re.search(rf"{re.escape(path)}[`?]", HTTP), f"{route.method} {path} is not in docs/http.md"

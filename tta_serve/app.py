@@ -57,7 +57,7 @@ def build(config: Config, tokens: Tokens) -> list[tuple[str, str, Any]]:
         ongoing = model.batching.queue_rows + model.batching.rows_max + 1000
         states = str(folder.path / "states" / model.name)
         replica = deployment(ModelReplica, model.name, ongoing, 1)
-        bound = replica.bind(model, config.limits, tokens, len(names), states)
+        bound = replica.bind(model, config.limits, tokens, len(names), states, str(config.store.path.absolute()))
         applications.append((app_name(model.name), f"/v2/models/{model.name}", bound))
     return applications
 

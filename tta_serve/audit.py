@@ -30,6 +30,8 @@ SCHEMA = (
         note TEXT
     )
     """,
+    "CREATE INDEX audit_of_stream ON audit (model, scope, stream)",
+    "CREATE INDEX audit_of_namespace ON audit (model, scope, namespace)",
     "CREATE TRIGGER audit_keeps BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END",
     "CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END",
     # INSERT OR REPLACE drops the row that is in its way without asking the trigger on DELETE

@@ -177,7 +177,8 @@ class BoxService(ModelService):
                 name, life = routing.modality, incarnation
             else:
                 memory = self._find(item, stream)
-                image, name, life = memory.images[item.place], memory.modalities[item.place], memory.incarnation
+                image, life = memory.images[item.place], memory.incarnation
+                name = memory.said[item.place] or RGB
             if name == RGB:
                 raise InvalidInput(
                     "this image is not translated (its modality is rgb), so there is nothing that its boxes could "

@@ -1,6 +1,5 @@
 """From settings to an engine: the model, its adapters, and what looks at its streams."""
 
-import contextlib
 import math
 from pathlib import Path
 
@@ -11,12 +10,15 @@ from torch import Tensor
 from adapters import Pipeline
 from adapters.drift import Drift, drift_prior
 from adapters.forgetting import Forgetting, Probe, unlabelled_probe
+from adapters.open_set import OpenSet
 from tta_serve import models, pipelines
 from tta_serve.config import ModelSettings
-from tta_serve.engine import Engine, cores, pick_device, plan_threads
+from tta_serve.engine import Engine, cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError
+from tta_serve.head_building import build_heads
 from tta_serve.models import LoadedModel
 from tta_serve.monitor import Monitor
+from tta_serve.private import make_private
 from tta_serve.runtime import build_runtime
 from tta_serve.snapshots import Folder
 
@@ -26,7 +28,11 @@ BATCH = 64
 
 
 def build_engine(
-    settings: ModelSettings, models_on_node: int = 1, folder: Path | None = None
+    settings: ModelSettings,
+    models_on_node: int = 1,
+    folder: Path | None = None,
+    store: Path | None = None,
+    tenants: frozenset[str] = frozenset(),
 ) -> tuple[Engine, LoadedModel]:
     """Load the model and make ready to serve it.
 
@@ -34,6 +40,8 @@ def build_engine(
         settings: of the model.
         models_on_node: how many models share the cores.
         folder: where states are written out; None: they are kept in memory.
+        store: where what was told lies; only a model with kv_bottleneck needs one.
+        tenants: whose streams share no labels with others'.
 
     Raises:
         ConfigError: the model, its adapter, its device, its prior or its probe cannot be had.
@@ -45,6 +53,13 @@ def build_engine(
         model = models.load(settings)
         pipeline = pipelines.build(settings, model, device)
         monitor = build_monitor(settings, model, pipeline)
+        heads = None
+        if settings.adapter.kv_bottleneck:
+            if store is None:
+                raise ConfigError(f"models.{settings.name}: kv_bottleneck needs store.path")
+            fusion, heads = build_heads(settings, model, pipeline.network, store, tenants)
+            pipeline = Pipeline(pipeline.network, norm=pipeline.norm, head=fusion)
+        open_set = _open_set(settings, model, pipeline) if settings.open_set else None
     finally:
         torch.set_num_threads(before)
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
@@ -62,6 +77,8 @@ def build_engine(
         monitor=monitor,
         batch_streams_max=settings.batching.rows_max,
         runtime=runtime,
+        heads=heads,
+        open_set=open_set,
     )
     try:
         torch.set_num_threads(threads)  # as the threads that will serve: a compiled graph is for so many
@@ -74,13 +91,6 @@ def build_engine(
     finally:
         torch.set_num_threads(before)
     return engine, model
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder and those above it for this user alone; `mkdir(parents=True)` would open the latter to all."""
-    for each in (*reversed(folder.parents), folder):
-        with contextlib.suppress(FileExistsError):
-            each.mkdir(mode=0o700)
 
 
 def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipeline) -> Monitor | None:
@@ -105,6 +115,21 @@ def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipelin
     if model.probe is not None:
         forgetting = Forgetting(network, _probe(model.probe, model, pipeline), batch_rows=BATCH)
     return Monitor(pipeline, drift, forgetting, adaptation.forgetting_max, gate=adaptation.gate)
+
+
+@torch.no_grad()
+def _open_set(settings: ModelSettings, model: LoadedModel, pipeline: Pipeline) -> OpenSet:
+    images = _source_images(model)
+    if images is None:
+        raise ConfigError(
+            f"models.{settings.name}.open_set: needs `prior` or `adaptation.probe`: an .npz with source `images`"
+        )
+    network = pipeline.network
+    batches = torch.split(images[:DRIFT_IMAGES], BATCH)
+    try:
+        return OpenSet(torch.cat([network(to_unit(x.to(network.scale.device))).logits.logsumexp(1) for x in batches]))
+    except ValueError as error:
+        raise ConfigError(f"models.{settings.name}.open_set: {error}") from error
 
 
 def _source_images(model: LoadedModel) -> Tensor | None:

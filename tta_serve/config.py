@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,8 @@ from tta_serve.yaml_lines import UniqueKeyLoader, located
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MODALITY_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 DETECTORS = ("fasterrcnn_", "fcos_", "retinanet_", "ssd300_", "ssdlite320_")  # of torchvision, by how names begin
+CELLS_MAX = 2**20  # keys of all codebooks: each class has a value for each, 4 bytes
+KEYS_MAX = 2**15  # of a codebook: their ids are kept in 16 bits
 RGB = "rgb"  # the modality that needs no translator
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # a stream's, without the ':' that ends the prefix
 
@@ -199,27 +202,58 @@ class AlignmentSettings(Settings):
     stream_images_max: float = Field(64.0, ge=0)
 
 
+class KVBottleneckSettings(Settings):
+    """Settings of the `kv_bottleneck` adapter, of a classifier: classes learned from labels. See adapters/heads.py."""
+
+    head: Literal["counts", "ridge", "class_means", "gradient"] = "counts"
+    answers: Literal["combined", "head"] = "combined"  # with the model's, or the head alone once it was told some
+    codebooks: int = Field(256, ge=1, le=4096)  # counts, gradient
+    branches: tuple[Annotated[int, Field(ge=2)], ...] = (16, 4, 4)  # counts: children of a cell of keys, level by level
+    classes_max: Count = 100  # added by labels: to each stream, and to all streams in common
+    labels_per_class: Count = 4096  # kept of each class; the oldest is unlearned when one more comes
+    labels_max: Count = 100_000  # kept in all
+
+    @model_validator(mode="after")
+    def _has_few_keys(self) -> "KVBottleneckSettings":
+        keys = prod(self.branches) if self.branches else 0
+        if not 0 < keys <= KEYS_MAX:
+            raise ValueError(f"branches {list(self.branches)} give {keys} keys; there can be 2 to {KEYS_MAX}")
+        if keys * self.codebooks > CELLS_MAX:
+            raise ValueError(
+                f"{self.codebooks} codebooks of {keys} keys are {keys * self.codebooks} values for each class; at "
+                f"most {CELLS_MAX} can be had"
+            )
+        return self
+
+
 class AdapterSettings(Settings):
-    """What stands around the model: `eata` for classifiers, `modtr` and `alignment` (or both) for detectors."""
+    """What stands around the model.
+
+    `eata` and `kv_bottleneck` (or both) for classifiers, `modtr` and `alignment` (or both) for detectors.
+    """
 
     eata: EATASettings | None = None
+    kv_bottleneck: KVBottleneckSettings | None = None
     modtr: ModTrSettings | None = None
     alignment: AlignmentSettings | None = None
     source: Literal[True] | None = None  # the frozen model
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "AdapterSettings":
-        given = [each for each in (self.eata, self.modtr or self.alignment, self.source) if each is not None]
+        classifies, detects = self.eata or self.kv_bottleneck, self.modtr or self.alignment
+        given = [each for each in (classifies, detects, self.source) if each is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one adapter: eata: {…}, modtr: {…} and/or alignment: {…}, or source: true")
+            raise ValueError(
+                "give eata: {…} and/or kv_bottleneck: {…}, or modtr: {…} and/or alignment: {…}, or source: true"
+            )
         return self
 
 
 def _parse_adapter(value: object) -> object:
-    """`eata`, `modtr`, `alignment` and `source` alone are short for the adapter with its defaults."""
+    """The name of an adapter alone is short for the adapter with its defaults."""
     if value == "source":
         return {"source": True}
-    names = ("eata", "modtr", "alignment")
+    names = ("eata", "kv_bottleneck", "modtr", "alignment")
     if value in names:
         return {value: {}}
     if isinstance(value, dict):
@@ -240,11 +274,20 @@ def _parse_translator(value: object) -> object:
 
 
 class FeedbackSettings(Settings):
-    """Detectors: images that are remembered, so that their boxes can come later by the prediction's `id`."""
+    """What is remembered of predictions, so that labels or boxes can come later by the prediction's `id`.
 
-    remember_images: int = Field(256, ge=0)  # 0: none
+    Of a classifier the features of its images, of a detector the images.
+    """
+
+    remember_images: int = Field(4096, ge=0)  # 0: none
     remember_bytes: ByteSize = ByteSize(64 * 2**20)
     remember_s: float = Field(600, gt=0)
+
+
+class OpenSetSettings(Settings):
+    """Of a classifier: images that look like nothing known teach nothing without a label. See adapters/open_set.py."""
+
+    unknown_above: float = Field(0.95, ge=0, lt=1)  # of the score; such a share of the source's images is better known
 
 
 class AdaptationSettings(Settings):
@@ -294,6 +337,7 @@ class ModelSettings(Settings):
     )
     translators: Mapping[Modality, Annotated[TranslatorSettings, BeforeValidator(_parse_translator)]] = {}
     feedback: FeedbackSettings = FeedbackSettings()
+    open_set: OpenSetSettings | None = None  # None: every image is taken to be of a known class
     adaptation: AdaptationSettings = AdaptationSettings()
     batching: BatchingSettings = BatchingSettings()
     streams: StreamSettings = StreamSettings()
@@ -316,6 +360,12 @@ class ModelSettings(Settings):
             raise ValueError("task: this source is a detector")
         if self.translators or self.adapter.modtr or self.adapter.alignment:
             raise ValueError("translators and the adapters modtr and alignment are for detectors (task: detection)")
+        keyed = self.adapter.kv_bottleneck and self.source.builtin != "digits"  # which brings its own images
+        if keyed and (self.prior is None or self.prior.suffix != ".npz"):
+            raise ValueError(
+                "kv_bottleneck needs `prior`: an .npz with `images` like those that will come, without labels, uint8 "
+                "[N, height, width, 3]"
+            )
         if self.source.python and not self.input:
             raise ValueError("a model from python needs `input: {size: [height, width], mean: …, std: …}`")
         if self.source.torchvision and self.weights and _is_path(self.weights) and not self.input:
@@ -325,8 +375,12 @@ class ModelSettings(Settings):
     def _fits_detection(self) -> "ModelSettings":
         if self.source.builtin and self.source.builtin != "digit-scenes":
             raise ValueError(f"task: builtin/{self.source.builtin} is no detector")
-        if self.adapter.eata:
-            raise ValueError("adapter: eata is for classifiers; a detector takes modtr, alignment, both, or source")
+        if self.adapter.eata or self.adapter.kv_bottleneck:
+            raise ValueError(
+                "adapter: eata and kv_bottleneck are for classifiers; a detector takes modtr, alignment, both or source"
+            )
+        if self.open_set:
+            raise ValueError("open_set: of a classifier")
         if self.input:
             raise ValueError("input: a detector resizes and normalises by itself; remove it")
         if given := self.adaptation.model_fields_set & {"probe", "forgetting_max", "gate"}:
@@ -366,12 +420,19 @@ def _is_path(weights: str) -> bool:
     return "/" in weights or weights.endswith((".safetensors", ".pt", ".pth"))
 
 
+class StoreSettings(Settings):
+    """Where what users told the server lies."""
+
+    path: Path = Path("tta-state")  # a folder, made when it is needed: labels that were told, and the keys they hang on
+
+
 class Config(Settings):
     """The whole file."""
 
     http: HTTPSettings = HTTPSettings()
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
+    store: StoreSettings = StoreSettings()
     models: Annotated[tuple[ModelSettings, ...], AfterValidator(_at_least_one)]
 
     @model_validator(mode="after")

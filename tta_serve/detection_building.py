@@ -9,7 +9,6 @@ from torch import Tensor
 from adapters import AdapterError, Alignment, AlignmentConfig, alignment_prior
 from adapters.guards import GuardConfig, Guarded
 from tta_serve import coco, detector_models, modalities, pipelines, translators
-from tta_serve.building import make_private
 from tta_serve.builtin import scenes
 from tta_serve.config import RGB, AlignmentSettings, ModelSettings, ModTrSettings
 from tta_serve.detection import DetectionEngine, Sight
@@ -18,6 +17,7 @@ from tta_serve.detectors import NO_BACKBONE, TRIAL_PIXELS
 from tta_serve.engine import cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError, InvalidInput
 from tta_serve.modalities import Modality, Probe
+from tta_serve.private import make_private
 from tta_serve.snapshots import Folder
 
 SOURCE_IMAGES = 512  # whose feature maps are measured when a server starts …

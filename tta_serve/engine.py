@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters import Batch, Groups, Moments, Pipeline, PipelineState, tree
-from adapters.base import Forward
+from adapters.base import Forward, Output
 from adapters.eata import MOMENTS_MIN_ROWS
+from adapters.fusion import Fusion
 from adapters.guards import Guarded
+from adapters.open_set import OpenSet
 from tta_serve import stepping
+from tta_serve.heads import Heads, View
 from tta_serve.judging import Counts, Learned, counts_of
 from tta_serve.lessons import Lesson, Observed, observed, rows_of
 from tta_serve.monitor import Forgotten, Monitor, Served
@@ -41,14 +44,30 @@ class Query(NamedTuple):
     x: Tensor  # float32 in [0, 1], or uint8; [n, 3, H, W] on the host
     stream: str
     answer: AnswerKind = "adapted"
+    remember: bool = False  # whether labels may come for it: its features are wanted
+
+
+class _Adapted(NamedTuple):
+    """What the adapted model says of one request."""
+
+    logits: NDArray[np.float32]  # [n, C + added classes]
+    network_logits: Tensor  # before the head, [n, C]
+    moments: Moments | None
+    view: View | None
+    features: Tensor | None
+    unknown: NDArray[np.float32] | None
 
 
 class Answer(NamedTuple):
     """What one request gets."""
 
-    logits: NDArray[np.float32] | None  # [n, C]; None where only the frozen answer was asked for
+    logits: NDArray[np.float32] | None  # [n, C + added classes]; None where only the frozen answer was asked for
     frozen_logits: NDArray[np.float32] | None  # [n, C]; None where only the adapted answer was asked for
     version: int  # of the state that answered
+    added: tuple[str, ...] = ()  # names of the classes behind the model's own
+    head_version: int = 0  # of what its labels have taught
+    features: Tensor | None = None  # [n, F], where they were wanted
+    unknown: NDArray[np.float32] | None = None  # of each image, 0 … 1, where an open set is looked for
 
 
 def is_good(record: StreamRecord) -> bool:
@@ -70,6 +89,8 @@ class Engine:
         monitor: looks at streams now and then; None: nobody does, and no gate closes.
         batch_streams_max: streams of one forward.
         runtime: runs the forward of predictions; None: the network does.
+        heads: what labels have taught; None: nothing does.
+        open_set: says how unknown images are; None: nobody does.
     """
 
     def __init__(
@@ -85,13 +106,17 @@ class Engine:
         monitor: Monitor | None = None,
         batch_streams_max: int = 64,
         runtime: Runtime | None = None,
+        heads: Heads | None = None,
+        open_set: OpenSet | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.open_set = open_set
+        self.heads = heads
         self.device = device
         self.threads = threads
         self._monitor = monitor
         self._forward: Forward = runtime.forward if runtime else pipeline.network
-        self._init = pipeline.init()
+        self._init = pipeline.init()._replace(head=())  # heads grow, and live in `heads`
         self.streams = States(
             self._init,
             streams_max=streams_max,
@@ -145,7 +170,7 @@ class Engine:
             index = torch.zeros(rows, dtype=torch.int64, device=self.device)
             table, groups = tree.stack([self._init]), Groups.of((rows,), self.device)
             with torch.no_grad():
-                self.pipeline.predict(table, index, groups, x, self._forward)
+                self.pipeline.predict(self._with_heads(table, [None]), index, groups, x, self._forward)
                 self.pipeline.adapt(table, index, Batch(x, groups, weights=x.new_ones(rows)))
 
     @torch.no_grad()
@@ -160,41 +185,93 @@ class Engine:
         adapted_for = [i for i, query in enumerate(queries) if query.answer != "frozen"]
         frozen_for = [i for i, query in enumerate(queries) if query.answer != "adapted"]
         with self.streams.answering([query.stream for query in queries]) as records:
-            logits, moments = self._adapted([inputs[i] for i in adapted_for], [records[i] for i in adapted_for])
-            frozen_logits = self._frozen([inputs[i] for i in frozen_for])
-            answered = _split(torch.cat(logits), [len(part) for part in logits]) if logits else []
-        adapted = dict(zip(adapted_for, answered, strict=True))
-        frozen = dict(zip(frozen_for, frozen_logits, strict=True))
-        served, measured = dict(zip(adapted_for, logits, strict=True)), dict(zip(adapted_for, moments, strict=True))
+            adapted = dict(
+                zip(
+                    adapted_for,
+                    self._adapted([inputs[i] for i in adapted_for], [(queries[i], records[i]) for i in adapted_for]),
+                    strict=True,
+                )
+            )
+            frozen = dict(zip(frozen_for, self._frozen([inputs[i] for i in frozen_for]), strict=True))
         return [
             (
-                Answer(adapted.get(i), frozen.get(i), record.version),
-                Lesson(given[i], query.stream, record.incarnation, record.version, measured.get(i), served.get(i)),
+                Answer(frozen_logits=frozen.get(i), version=record.version, **_shown(adapted.get(i))),
+                Lesson(
+                    given[i],
+                    query.stream,
+                    record.incarnation,
+                    record.version,
+                    adapted[i].moments if i in adapted else None,
+                    adapted[i].network_logits if i in adapted else None,
+                ),
             )
             for i, (query, record) in enumerate(zip(queries, records, strict=True))
         ]
 
-    def _adapted(
-        self, inputs: Sequence[Tensor], records: Sequence[StreamRecord]
-    ) -> tuple[list[Tensor], list[Moments | None]]:
-        """Logits and, where they were measured, moments of each request."""
+    def _adapted(self, inputs: Sequence[Tensor], asked: Sequence[tuple[Query, StreamRecord]]) -> list["_Adapted"]:
+        """What the adapted model says of each request."""
         if not inputs:
-            return [], []
+            return []
         sizes = tuple(len(x) for x in inputs)
-        numbers: dict[int, int] = {}  # of the table's rows, in the small table of this batch
-        of_request = [numbers.setdefault(row_of(record), len(numbers)) for record in records]
+        views = [self.heads.view_to_answer(query.stream) if self.heads else None for query, _ in asked]
+        numbers: dict[tuple[int, int], int] = {}  # of a row and a head, in the small table of this batch
+        pairs = [(row_of(record), view) for (_, record), view in zip(asked, views, strict=True)]
+        of_request = [numbers.setdefault((row, id(view)), len(numbers)) for row, view in pairs]
+        firsts = [of_request.index(number) for number in range(len(numbers))]
         groups = Groups.of(sizes, self.device)
         rows = torch.tensor(of_request).repeat_interleave(torch.tensor(sizes)).to(self.device)
-        output = self.pipeline.predict(
-            self.streams.read(list(numbers)), rows, groups, torch.cat(list(inputs)), self._forward
-        )
+        table = self._with_heads(self.streams.read([pairs[i][0] for i in firsts]), [views[i] for i in firsts])
+        output = self.pipeline.predict(table, rows, groups, torch.cat(list(inputs)), self._forward)
         found = output.moments
         moments = [
             tree.apply(lambda leaf: leaf[i : i + 1].clone(), found) if found and n >= MOMENTS_MIN_ROWS else None  # noqa: B023
             for i, n in enumerate(sizes)
         ]
-        # copies: a lesson that waits must not keep the whole batch's in memory
-        return [part.clone() for part in torch.split(output.logits, list(sizes))], moments
+        own = output.logits if output.network_logits is None else output.network_logits
+        width = own.shape[1]
+        unknown = self._unknown(table, rows, output, own, sizes)
+        features = torch.split(output.features, list(sizes)) if output.features is not None else [None] * len(sizes)
+        return [
+            _Adapted(
+                said[:, : width + len(view.added)] if view else said,
+                network.clone(),  # a lesson that waits must not keep the whole batch's in memory
+                measured,
+                view,
+                read.cpu().clone() if read is not None and query.remember else None,
+                strange,
+            )
+            for (query, _), said, network, measured, view, read, strange in zip(
+                asked,
+                _split(output.logits, sizes),
+                torch.split(own, list(sizes)),
+                moments,
+                views,
+                features,
+                unknown,
+                strict=True,
+            )
+        ]
+
+    def _unknown(
+        self, table: PipelineState, rows: Tensor, output: Output, own: Tensor, sizes: tuple[int, ...]
+    ) -> Sequence[NDArray[np.float32] | None]:
+        """How unknown the images of each request are."""
+        if self.open_set is None:
+            return [None] * len(sizes)
+        head = self.pipeline.head
+        unknown = self.open_set.unknown(own)
+        if isinstance(head, Fusion) and output.features is not None:
+            none = head.none(table.head, rows, output.features)
+            told = torch.tensor([bool(each.classes) for each in table.head], device=rows.device)[rows]
+            # where the head alone answers, what the network knows does not matter
+            unknown = torch.where(told, none, unknown) if head.answers == "head" else unknown * none
+        return _split(unknown, sizes)
+
+    def _with_heads(self, table: PipelineState, views: Sequence[View | None]) -> PipelineState:
+        """A table of states with the tables of their heads, where there are heads."""
+        if self.heads is None:
+            return table
+        return table._replace(head=tuple((view or self.heads.untold).table for view in views))
 
     def _frozen(self, inputs: Sequence[Tensor]) -> list[NDArray[np.float32]]:
         if not inputs:
@@ -302,6 +379,20 @@ class Engine:
         norm = self.pipeline.norm
         assert isinstance(norm, Guarded)  # who else would have tripped
         return states._replace(norm=norm.pull(states.norm, mask, PULL_SHARE))
+
+
+def _shown(adapted: _Adapted | None) -> dict[str, Any]:
+    """What of it is in an answer."""
+    if adapted is None:
+        return {"logits": None}
+    view = adapted.view
+    return {
+        "logits": adapted.logits,
+        "features": adapted.features,
+        "unknown": adapted.unknown,
+        "added": view.added if view else (),
+        "head_version": view.version if view else 0,
+    }
 
 
 def _split(logits: Tensor, sizes: Sequence[int]) -> list[NDArray[np.float32]]:

@@ -130,10 +130,11 @@ class FeedbackFile:
                 wiped = removals
             # it waits for readers of what was there before, and for as long as for any lock
             busy = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        except sqlite3.Error as error:
-            if _code(error) not in _FAULTS:
-                raise
-            self.residue = f"{self._path} cannot be wiped: {self._reason(error)}"
+        except (sqlite3.Error, MemoryError) as error:  # what was removed is removed, whatever comes of this
+            reason = (
+                self._reason(error) if isinstance(error, sqlite3.Error) else "there is too little memory for a copy"
+            )
+            self.residue = f"{self._path} cannot be wiped: {reason}"
             return
         if busy:
             self.residue = f"{self._path} cannot be wiped: another process has read it for more than {self._wait_s:g} s"
@@ -207,7 +208,9 @@ class FeedbackFile:
         self.execute(f"PRAGMA user_version = {FORMAT}")
 
     def _reason(self, error: sqlite3.Error) -> str:
-        fault = _FAULTS[_code(error)]
+        fault = _FAULTS.get(_code(error))
+        if fault is None:
+            return str(error)
         waited = f" for more than {self._wait_s:g} s" if fault is _LOCKED else ""
         return f"{fault.reason}{waited} ({error})"
 

@@ -159,6 +159,8 @@ class FeedbackLog:
         self._file = FeedbackFile(path, wait_s)
         try:
             self._head = self._number_of(head)
+            self._data_version = 0  # SQLite's count of what other connections wrote
+            self.changed_elsewhere()
         except BaseException:
             self._file.close()
             raise
@@ -285,9 +287,9 @@ class FeedbackLog:
             if rows:
                 execute("UPDATE wiping SET removals = removals + 1")
             audit.write(execute, self.model, changes, self._clock())
-        if rows:
+        if rows or vacuum:  # what slid away before is wiped with the next request, even if that finds nothing
             self._file.wipe(vacuum)
-        return Removed(found.entries, len(found.foreign), self._file.residue if rows else None)
+        return Removed(found.entries, len(found.foreign), self._file.residue)
 
     def wipe(self) -> str | None:
         """See to it that no byte of what was removed is in the files; costs little where that is so already.
@@ -308,10 +310,26 @@ class FeedbackLog:
         with self._file.faults():
             return audit.read(self._file.execute, self.model)
 
-    def last_change(self) -> int:
-        """The number of the latest row of the audit log, which grows with every change; 0 before the first."""
+    def changed_elsewhere(self) -> bool:
+        """Whether another connection has written since this was last asked."""
         with self._file.faults():
-            newest: int = self._file.execute("SELECT coalesce(max(seq), 0) FROM audit").fetchone()[0]
+            version: int = self._file.execute("PRAGMA data_version").fetchone()[0]
+        before, self._data_version = self._data_version, version
+        return version != before
+
+    def last_change(self, scope: Scope, owner: str) -> int:
+        """The number of the audit log's latest row on one state, which grows with every change; 0 before the first.
+
+        Args:
+            scope: of the state.
+            owner: the stream, or the namespace where the scope is shared.
+        """
+        column = "stream" if scope == "stream" else "namespace"
+        with self._file.faults():
+            newest: int = self._file.execute(
+                f"SELECT coalesce(max(seq), 0) FROM audit WHERE model = ? AND scope = ? AND {column} = ?",  # noqa: S608
+                (self.model, scope, owner),
+            ).fetchone()[0]
         return newest
 
     def close(self) -> None:

@@ -17,13 +17,13 @@ from tta_serve import errors, http_docs
 from tta_serve.access import may_predict
 from tta_serve.config import Tokens
 from tta_serve.http_answers import check_outputs, headers_of, outputs_of, ranked, read_options, state_of
+from tta_serve.http_labels import ForgetRequest, LabelRoutes, LabelsRequest
 from tta_serve.http_routes import (
     INPUT_NAME,
     MODEL_VERSION,
     Endpoint,
     Routes,
     infer_answer,
-    new_id,
     read_infer,
     read_pictures,
     ready_answer,
@@ -66,26 +66,32 @@ class ModelRoutes:
             Endpoint("GET", "/ready", self.ready, "model"),
             Endpoint("POST", "/infer", self.infer, "predict", http_docs.INFER),
         )
+        labels = LabelRoutes(name, service, tokens)
         self.table = (
             *self.versioned,
             Endpoint("POST", "/predict", self.predict, "predict", http_docs.PREDICT),
+            Endpoint("POST", "/feedback", labels.feedback, "feedback", http_docs.feedback(LabelsRequest)),
+            Endpoint("POST", "/forget", labels.forget, "feedback", http_docs.forget(ForgetRequest)),
+            Endpoint("GET", "/queries", labels.queries, "feedback", http_docs.QUERIES),
             *stream_endpoints(service, tokens),
         )
 
-    async def metadata(self, _: Request) -> JSONResponse:
-        """The model's metadata: inputs, outputs, labels and limits."""
+    async def metadata(self, request: Request) -> JSONResponse:
+        """The model's metadata: inputs, outputs, labels and limits; labels as the stream has them that is named."""
         service = self.service()
+        labels = await service.off_loop(lambda: self._labels(request))
         shape = [-1, *service.spec.shape]
-        classes = len(service.labels)
         outputs = [
             {"name": prefix + name, "datatype": datatype, "shape": list(dims)}
-            for prefix in ("", "frozen_")
+            for prefix, classes in (("", len(labels)), ("frozen_", len(service.labels)))
             for name, datatype, dims in (
                 ("labels", "INT64", (-1,)),
                 ("probabilities", "FP32", (-1, classes)),
                 ("logits", "FP32", (-1, classes)),
             )
         ]
+        if service.engine.open_set:
+            outputs.append({"name": "unknown", "datatype": "FP32", "shape": [-1]})
         return JSONResponse(
             {
                 "name": self.name,
@@ -94,7 +100,7 @@ class ModelRoutes:
                 "inputs": [{"name": INPUT_NAME, "datatype": "FP32", "shape": shape}],
                 "outputs": outputs,
                 "parameters": {
-                    "labels": list(service.labels),
+                    "labels": list(labels),
                     "mode": service.mode,
                     "input": "RGB; FP32 (also FP16, FP64) in 0 … 1, or UINT8 in 0 … 255",
                     "images_per_request": service.limits.images_per_request,
@@ -102,46 +108,59 @@ class ModelRoutes:
             }
         )
 
+    def _labels(self, request: Request) -> tuple[str, ...]:
+        """As the stream has them that is named; the model's own to whoever names none, and shows no token."""
+        authorization = _authorization(request)
+        is_open = self.tokens.infer is None and not self.tokens.tenants
+        names_one = "x-session-id" in request.headers or "stream" in request.query_params
+        if not (is_open or names_one or authorization):
+            return self.service().labels
+        stream = read_options(request, request.query_params.get("stream")).stream
+        return self.service().labels_of(may_predict(self.tokens, authorization).full(stream))
+
     async def ready(self, _: Request) -> JSONResponse:
         """Whether the model answers."""
         return ready_answer(self.name, self.service())
 
     async def infer(self, request: Request) -> Response:
         """Open Inference Protocol v2: tensors in, tensors out; JSON, or with binary tensor data."""
-        reach = may_predict(self.tokens, request.headers.get("authorization", ""))
+        reach = may_predict(self.tokens, _authorization(request))
         asked = await read_infer(request, self.service)
         options = read_options(request, asked.parameters.get("stream"))
         stream = reach.full(options.stream)
-        wanted = check_outputs(asked.outputs, options.answer)
         service = self.service()
+        wanted = check_outputs(asked.outputs, options.answer, service.engine.open_set is not None)
+        id = asked.id or service.new_id()
         x = service.to_input(asked.tensors[INPUT_NAME])
-        prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
+        prediction = await service.predict(x, stream, id=id, adapt=options.adapt, answer=options.answer)
         service.metrics.count("tta_requests_total", outcome="ok")
         state, outputs = state_of(prediction, options), outputs_of(prediction, wanted)
-        answer = infer_answer(self.name, asked, asked.id or new_id(), state, outputs)
+        answer = infer_answer(self.name, asked, id, state, outputs)
         answer.headers.update(headers_of(prediction))
         return answer
 
     async def predict(self, request: Request) -> Response:
         """Pictures in, labels and scores out: a body of JPEG, PNG or WebP, or multipart with several."""
-        reach = may_predict(self.tokens, request.headers.get("authorization", ""))
+        reach = may_predict(self.tokens, _authorization(request))
         service = self.service()
         options = read_options(request, request.query_params.get("stream"))
         stream = reach.full(options.stream)
         contents = await read_pictures(request, service)
+        id = request.headers.get("x-request-id") or service.new_id()
         x = await service.decode(contents)
-        prediction = await service.predict(x, stream, adapt=options.adapt, answer=options.answer)
+        prediction = await service.predict(x, stream, id=id, adapt=options.adapt, answer=options.answer)
         service.metrics.count("tta_requests_total", outcome="ok")
-        content: dict[str, Any] = {
-            "model_name": self.name,
-            "id": request.headers.get("x-request-id") or new_id(),
-        }
+        content: dict[str, Any] = {"model_name": self.name, "id": id}
         if prediction.logits is not None:
-            content["predictions"] = ranked(prediction.logits, service.labels)
+            content["predictions"] = ranked(prediction.logits, (*service.labels, *prediction.added), prediction.unknown)
         if prediction.frozen_logits is not None:
             content["frozen_predictions"] = ranked(prediction.frozen_logits, service.labels)
         content["parameters"] = state_of(prediction, options)
         return JSONResponse(content, headers=headers_of(prediction))
+
+
+def _authorization(request: Request) -> str:
+    return request.headers.get("authorization", "")
 
 
 def model_app(routes: Routes, service: ModelService) -> ASGIApp:

@@ -65,8 +65,26 @@ def header_or_parameter(request: Request, header: str, name: str, parameter: obj
     return parameter if said is None else said
 
 
-def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[str, ...]:
+def read_count(request: Request, name: str, *, default: int, least: int, most: int) -> int:
+    """A whole number among the query's parameters.
+
+    Raises:
+        InvalidInput: it is none, or out of range.
+    """
+    given = request.query_params.get(name, str(default))
+    digits = given.isascii() and given.isdigit() and len(given) < 20
+    if not (digits and least <= int(given) <= most):
+        raise errors.InvalidInput(f"the parameter {name} is {given[:100]!r}; it can be {least} … {most}")
+    return int(given)
+
+
+def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind, open_set: bool = False) -> tuple[str, ...]:
     """The outputs to give: those asked for, or labels and probabilities.
+
+    Args:
+        asked: for.
+        answer: whose.
+        open_set: whether there is an output `unknown` of the adapted answer.
 
     Raises:
         InvalidInput: there is no such output with this `x-answer`.
@@ -75,6 +93,8 @@ def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[st
     if asked is None:
         return tuple(prefix + name for prefix in prefixes for name in ("labels", "probabilities"))
     known = [prefix + name for prefix in prefixes for name in ("labels", "probabilities", "logits")]
+    if open_set and answer != "frozen":
+        known.append("unknown")
     for name in asked:
         if name not in known:
             raise errors.InvalidInput(
@@ -86,6 +106,10 @@ def check_outputs(asked: tuple[str, ...] | None, answer: AnswerKind) -> tuple[st
 def outputs_of(prediction: Prediction, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     outputs: dict[str, NDArray[Any]] = {}
     for full_name in wanted:
+        if full_name == "unknown":
+            assert prediction.unknown is not None  # check_outputs
+            outputs[full_name] = prediction.unknown
+            continue
         name = full_name.removeprefix("frozen_")
         logits = prediction.frozen_logits if full_name.startswith("frozen_") else prediction.logits
         assert logits is not None  # check_outputs
@@ -96,19 +120,29 @@ def outputs_of(prediction: Prediction, wanted: tuple[str, ...]) -> dict[str, NDA
     return outputs
 
 
-def ranked(logits: NDArray[np.float32], labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """For each image the best label with its score, and the best few."""
-    images = []
+def ranked(
+    logits: NDArray[np.float32], labels: tuple[str, ...], unknown: NDArray[np.float32] | None = None
+) -> list[dict[str, Any]]:
+    """For each image the best label with its score, the best few, and how unknown it is where that is looked for."""
+    images: list[dict[str, Any]] = []
     for probs in probabilities(logits):
         best = np.argsort(-probs, kind="stable")[:TOP]
         scores = [{"label": labels[i], "index": int(i), "score": round(float(probs[i]), 6)} for i in best]
         images.append({**scores[0], "scores": scores})
+    for image, strange in zip(images, [] if unknown is None else unknown.tolist(), strict=False):
+        image["unknown"] = round(strange, 6)
     return images
 
 
 def state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
-    return {"stream": options.stream, "state_version": str(prediction.version), "adapted": prediction.adapted}
+    state = {"stream": options.stream, "state_version": str(prediction.version), "adapted": prediction.adapted}
+    if prediction.head_version:
+        state |= {"head_version": str(prediction.head_version), "added_labels": list(prediction.added)}
+    return state
 
 
 def headers_of(prediction: Prediction) -> dict[str, str]:
-    return {"x-state-version": str(prediction.version), "x-adapted": "true" if prediction.adapted else "false"}
+    headers = {"x-state-version": str(prediction.version), "x-adapted": "true" if prediction.adapted else "false"}
+    if prediction.head_version:
+        headers["x-head-version"] = str(prediction.head_version)
+    return headers

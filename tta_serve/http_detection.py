@@ -28,7 +28,6 @@ from tta_serve.http_routes import (
     MODEL_VERSION,
     Endpoint,
     infer_answer,
-    new_id,
     read_infer,
     read_pictures,
     ready_answer,
@@ -131,7 +130,8 @@ class DetectionRoutes:
         options = read_options(request, asked.parameters.get("stream"))
         modality = header_or_parameter(request, "x-modality", "modality", asked.parameters.get("modality"))
         wanted = check_outputs(asked.outputs, options.answer)
-        service, id = self.service(), asked.id or new_id()
+        service = self.service()
+        id = asked.id or service.new_id()
         x = service.to_images(asked.tensors[INPUT_NAME])
         prediction = await service.predict(
             x, reach.full(options.stream), id=id, modality=modality, adapt=options.adapt, answer=options.answer
@@ -148,7 +148,7 @@ class DetectionRoutes:
         options = read_options(request, request.query_params.get("stream"))
         modality = header_or_parameter(request, "x-modality", "modality", request.query_params.get("modality"))
         service.check_modality(modality)
-        id = request.headers.get("x-request-id") or new_id()
+        id = request.headers.get("x-request-id") or service.new_id()
         x = await service.decode(await read_pictures(request, service))
         prediction = await service.predict(
             x, reach.full(options.stream), id=id, modality=modality, adapt=options.adapt, answer=options.answer

@@ -6,6 +6,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from tta_serve.http_streams import OFFSET_MAX, STREAMS_PAGE_MAX, RollbackRequest
 from tta_serve.protocol import WireRequest
+from tta_serve.receipts import Receipt
 from tta_serve.views import StreamEvent, StreamHistory, StreamView
 
 _ERRORS = {
@@ -131,6 +132,30 @@ def feedback(body: type[BaseModel]) -> dict[str, Any]:
     }
 
 
+_QUERIES = {
+    "type": "object",
+    "properties": {"stream": {"type": "string"}, "queries": _list({"type": "object"})},
+    "required": ["stream", "queries"],
+}
+QUERIES = {
+    "parameters": [
+        _HEADERS[0],
+        {"name": "stream", "in": "query", "schema": {"type": "string"}},
+        {"name": "limit", "in": "query", "schema": {"type": "integer", "default": 20, "minimum": 1, "maximum": 1000}},
+    ],
+    "responses": _answers(_QUERIES, "400", "401"),
+}
+
+
+def forget(body: type[BaseModel]) -> dict[str, Any]:
+    """Forgetting with such a body."""
+    return {
+        "parameters": [_HEADERS[0]],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}},
+        "responses": _answers(_object(Receipt), "400", "401", "403", "404", "503"),
+    }
+
+
 _VIEW = _object(StreamView)
 _HISTORY = _object(StreamHistory)
 _HISTORY["properties"]["events"] = _list(_object(StreamEvent))
@@ -139,7 +164,11 @@ _PAGE = {
     "properties": {"streams": _list(_VIEW), "total": {"type": "integer", "description": "On all pages."}},
     "required": ["streams", "total"],
 }
-_DELETED = {"type": "object", "properties": {"deleted": {"type": "string"}}, "required": ["deleted"]}
+_DELETED = {
+    "type": "object",
+    "properties": {"deleted": {"type": "string"}, "receipt": _object(Receipt)},
+    "required": ["deleted"],
+}
 PAGE = {
     "parameters": [
         {

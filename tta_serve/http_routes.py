@@ -1,7 +1,6 @@
 """What the routes of every model share, whatever its task."""
 
 import reprlib
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -104,11 +103,6 @@ def infer_answer(
         return Response(content, media_type="application/json")
     headers = {"inference-header-content-length": str(json_length)}
     return Response(content, media_type="application/octet-stream", headers=headers)
-
-
-def new_id() -> str:
-    """A name for an answer whose request has none."""
-    return uuid.uuid4().hex
 
 
 async def read_pictures(request: Request, service: ModelService) -> list[bytes]:

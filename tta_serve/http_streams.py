@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
+from tta_serve.http_answers import read_count
 from tta_serve.model_service import ModelService
 from tta_serve.views import StreamView
 
@@ -40,8 +41,8 @@ class StreamRoutes:
     async def page(self, request: Request) -> JSONResponse:
         """The streams by name, a page at a time."""
         reach = may_predict(self.tokens, _authorization(request))
-        limit = _read_count(request, "limit", default=100, least=1, most=STREAMS_PAGE_MAX)
-        offset = _read_count(request, "offset", default=0, least=0, most=OFFSET_MAX)
+        limit = read_count(request, "limit", default=100, least=1, most=STREAMS_PAGE_MAX)
+        offset = read_count(request, "offset", default=0, least=0, most=OFFSET_MAX)
         views, total = self.service().streams(limit, offset, reach.prefix, without=reach.without)
         shown = [view._replace(stream=reach.shown(view.stream))._asdict() for view in views]
         return JSONResponse({"streams": shown, "total": total})
@@ -82,8 +83,8 @@ class StreamRoutes:
         """Forget the stream: its state, the versions kept of it, and rows that wait. Admin token."""
         may_administer(self.tokens, _authorization(request))
         stream = request.path_params["stream"]
-        await self.service().delete(stream)
-        return JSONResponse({"deleted": stream})
+        receipt = await self.service().delete(stream)
+        return JSONResponse({"deleted": stream} | ({"receipt": receipt._asdict()} if receipt else {}))
 
     async def _command(self, request: Request, command: Callable[[str], Awaitable[StreamView]]) -> JSONResponse:
         may_administer(self.tokens, _authorization(request))
@@ -113,11 +114,3 @@ def parse_rollback(body: bytes) -> int:
 
 def _authorization(request: Request) -> str:
     return request.headers.get("authorization", "")
-
-
-def _read_count(request: Request, name: str, *, default: int, least: int, most: int) -> int:
-    given = request.query_params.get(name, str(default))
-    digits = given.isascii() and given.isdigit() and len(given) < 20
-    if not (digits and least <= int(given) <= most):
-        raise errors.InvalidInput(f"the parameter {name} is {given[:100]!r}; it can be {least} … {most}")
-    return int(given)

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters import Moments, tree
@@ -21,6 +24,12 @@ class Lesson(NamedTuple):
     @property
     def rows(self) -> int:
         return len(self.x)
+
+    def only(self, rows: NDArray[np.bool_]) -> "Lesson":
+        """Some of the rows; without the moments, which are of all."""
+        chosen = torch.from_numpy(rows).to(self.x.device)
+        logits = None if self.logits is None else self.logits[chosen]
+        return self._replace(x=self.x[chosen], logits=logits, moments=None)
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,12 @@ TABLE: tuple[tuple[str, type[Counter] | type[Gauge] | type[Histogram], tuple[str
     ),
     ("tta_images_total", Counter, (), "Images answered."),
     ("tta_modality_images_total", Counter, ("modality",), "Images answered, by the translator used; rgb: none."),
-    ("tta_stage_seconds", Histogram, ("stage",), "Time in a stage: decode, route, queue, predict, learn."),
+    (
+        "tta_stage_seconds",
+        Histogram,
+        ("stage",),
+        "Time in a stage: decode, route, queue, predict, learn, teach, forget.",
+    ),
     ("tta_batch_rows", Histogram, (), "Rows of one forward."),
     ("tta_batch_streams", Histogram, (), "Streams in one forward."),
     (
@@ -39,8 +44,16 @@ TABLE: tuple[tuple[str, type[Counter] | type[Gauge] | type[Histogram], tuple[str
         "tta_skipped_rows_total",
         Counter,
         ("reason",),
-        "Rows not learned from, by reason: queue_full, forgotten, failed, off, frozen, stale, gated.",
+        "Rows not learned from, by reason: queue_full, forgotten, failed, off, frozen, stale, gated, unknown.",
     ),
+    ("tta_labels_total", Counter, ("result",), "Labels told, by result: applied, repeated, frozen, stale."),
+    (
+        "tta_prequential_labels_total",
+        Counter,
+        ("right",),
+        "Labels learned, by whether the prediction before said so: true, false. The share of true: online accuracy.",
+    ),
+    ("tta_forgotten_labels_total", Counter, (), "Labels taken out of heads on request."),
     ("tta_entropy_nats", Gauge, (), "Mean entropy of the rows last learned from."),
     ("tta_waiting_rows", Gauge, (), "Rows waiting for a forward."),
     ("tta_pending_rows", Gauge, (), "Rows waiting to be learned from."),
@@ -58,6 +71,7 @@ class Metrics:
     """
 
     def __init__(self, model: str, replica: str) -> None:
+        self.replica = replica
         self._registry = CollectorRegistry()
         self._own = {"model": model, "replica": replica}
         self._children: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}

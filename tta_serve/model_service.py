@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from tta_serve.errors import InvalidInput, NotFound, TooLarge, Unavailable
 from tta_serve.judging import Learned
 from tta_serve.metrics import Metrics
+from tta_serve.receipts import Receipt
 from tta_serve.states import States
 from tta_serve.streams import StreamRecord
 from tta_serve.views import StreamHistory, StreamPage, StreamView, check_stream, history_of
@@ -35,7 +37,7 @@ class ModelService(ABC):
         states: of its streams.
         labels: names of its classes.
         metrics: where everything is counted.
-        mode: `sync`, `async` or `frozen`.
+        mode: `sync`, `async`, `labels` or `frozen`.
         limits: of one request.
     """
 
@@ -76,6 +78,10 @@ class ModelService(ABC):
     def gated(self, stream: str) -> bool:  # noqa: ARG002
         """Whether a stream is spared its steps because it is like the source."""
         return False
+
+    def new_id(self) -> str:
+        """A name for a prediction whose request has none; no two replicas make the same."""
+        return f"{self.metrics.replica}-{uuid.uuid4().hex}"
 
     @property
     def ready(self) -> bool:
@@ -195,13 +201,17 @@ class ModelService(ABC):
         await self._command(stream, lambda stream: self._states.rollback(stream, version))
         return self.view(stream)
 
-    async def delete(self, stream: str) -> None:
+    async def delete(self, stream: str) -> Receipt | None:
         """Forget a stream.
+
+        Returns:
+            What was removed of what it had told; None where nothing here learns from labels.
 
         Raises:
             InvalidInput, NotFound, Unavailable: see `reset`.
         """
         await self._command(stream, self._states.delete)
+        return None
 
     async def _command(self, stream: str, command: Callable[[str], StreamRecord | None]) -> None:
         check_stream(stream)

@@ -107,8 +107,10 @@ def read_images(path: Path, spec: InputSpec, what: str) -> Tensor:
     """
     x = read_raw_images(path, what)
     if x.shape[2:] != (spec.height, spec.width):
-        resized = functional.interpolate(x.float(), (spec.height, spec.width), mode="bilinear", antialias=True)
-        x = resized.round().to(torch.uint8)
+        smooth = spec.interpolation != "nearest"  # as requests are resized, as far as torch does what Pillow does
+        size = (spec.height, spec.width)
+        resized = functional.interpolate(x.float(), size, mode=spec.interpolation, antialias=smooth)
+        x = resized.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
     return x
 
 

@@ -1,7 +1,8 @@
-"""Images of earlier predictions, so that feedback need not send them again. Bounded in number, bytes and age."""
+"""What earlier predictions were about, so that feedback need not send it again. Bounded in number, bytes and age."""
 
 import sys
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +20,14 @@ class Key(NamedTuple):
 class Memory:
     """What one prediction was about."""
 
-    images: tuple[Tensor, ...]  # uint8 or float32, [C, H, W] each
-    modalities: tuple[str, ...]  # of each image
+    images: tuple[Tensor, ...]  # of a detector: uint8 or float32, [C, H, W] each; of a classifier their features, [F]
+    said: tuple[
+        str | None, ...
+    ]  # of each image: of a detector its modality, of a classifier the label that was answered
     incarnation: int  # of the stream when it answered
     at_s: float
     used: frozenset[int] = frozenset()  # images that feedback was taken for
+    unknown: tuple[float, ...] = ()  # of each image of a classifier, where an open set is looked for
 
     @property
     def nbytes(self) -> int:
@@ -73,13 +77,30 @@ class Remembered:
 
     def find(self, key: Key, now_s: float) -> Memory | None:
         """What is remembered of a prediction."""
-        for old in [key for key, memory in self._memories.items() if now_s - memory.at_s > self.age_max_s]:
-            self._drop(old)
+        self._drop_old(now_s)
         return self._memories.get(key)
+
+    def of(self, stream: str, now_s: float) -> list[tuple[str, Memory]]:
+        """All that is remembered of a stream: ids and memories, the latest last."""
+        self._drop_old(now_s)
+        return [(key.id, memory) for key, memory in self._memories.items() if key.stream == stream]
+
+    def unsay(self, labels: Collection[str]) -> None:
+        """Forget that these were answered."""
+        for memory in self._memories.values():
+            if not set(labels).isdisjoint(memory.said):
+                memory.said = tuple(None if label in labels else label for label in memory.said)
 
     def forget(self, stream: str) -> None:
         """Drop all predictions of a stream."""
         for key in [key for key in self._memories if key.stream == stream]:
+            self._drop(key)
+
+    def _drop_old(self, now_s: float) -> None:
+        while self._memories:  # the oldest is first
+            key, memory = next(iter(self._memories.items()))
+            if now_s - memory.at_s <= self.age_max_s:
+                return
             self._drop(key)
 
     def _drop(self, key: Key) -> None:

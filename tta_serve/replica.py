@@ -27,7 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def build_service(
-    settings: ModelSettings, limits: LimitSettings, models_on_node: int, replica: str, folder: Path | None = None
+    settings: ModelSettings,
+    limits: LimitSettings,
+    models_on_node: int,
+    replica: str,
+    folder: Path | None = None,
+    store: Path | None = None,
+    tenants: frozenset[str] = frozenset(),
 ) -> Service | DetectionService:
     """Everything behind the routes of one model.
 
@@ -37,6 +43,8 @@ def build_service(
         models_on_node: how many models share the cores.
         replica: the replica's id, for the metrics.
         folder: where states are written out.
+        store: where what this model was told lies.
+        tenants: whose streams share nothing with others'.
 
     Raises:
         ConfigError: see `build_engine`.
@@ -45,20 +53,27 @@ def build_service(
     allowed = Limits(limits.image_pixels, limits.images_per_request, limits.request_pixels)
     if settings.task == "detection":
         return _detection(settings, metrics, allowed, *build_detection_engine(settings, models_on_node, folder))
-    engine, model = build_engine(settings, models_on_node, folder)
+    engine, model = build_engine(settings, models_on_node, folder, store, tenants)
     adaptation = settings.adaptation
     return Service(
         engine,
         model.input,
         model.labels,
         metrics,
-        mode=adaptation.mode if settings.adapter.eata else "frozen",
+        mode=adaptation.mode if settings.adapter.eata else "labels" if settings.adapter.kv_bottleneck else "frozen",
         limits=allowed,
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,
         pools=_pools(settings),
         budget=adaptation.budget,
+        remembered=_remembered(settings),
+        unknown_above=settings.open_set.unknown_above if settings.open_set else 1.0,
     )
+
+
+def _remembered(settings: ModelSettings) -> Remembered:
+    feedback = settings.feedback
+    return Remembered(feedback.remember_images, int(feedback.remember_bytes), feedback.remember_s)
 
 
 def _pools(settings: ModelSettings) -> Pools:
@@ -71,7 +86,6 @@ def _detection(
 ) -> DetectionService:
     modtr = settings.adapter.modtr
     learns = engine.aligner is not None or (modtr is not None and modtr.learns != "nothing")
-    feedback = settings.feedback
     return DetectionService(
         engine,
         loaded.labels,
@@ -80,7 +94,7 @@ def _detection(
         limits=limits,
         batch_rows_max=settings.batching.rows_max,
         queue_rows=settings.batching.queue_rows,
-        remembered=Remembered(feedback.remember_images, int(feedback.remember_bytes), feedback.remember_s),
+        remembered=_remembered(settings),
         pools=_pools(settings),
         budget=settings.adaptation.budget,
     )
@@ -102,11 +116,25 @@ class ModelReplica:
     """One replica of one model: Ray Serve's ingress, so that HTTP reaches the model in one hop."""
 
     def __init__(
-        self, settings: ModelSettings, limits: LimitSettings, tokens: Tokens, models_on_node: int, folder: str
+        self,
+        settings: ModelSettings,
+        limits: LimitSettings,
+        tokens: Tokens,
+        models_on_node: int,
+        folder: str,
+        store: str,
     ) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
         # one folder a replica: while a deployment is replaced, two live at once
-        self._service = build_service(settings, limits, models_on_node, replica, Path(folder) / replica)
+        self._service = build_service(
+            settings,
+            limits,
+            models_on_node,
+            replica,
+            Path(folder) / replica,
+            Path(store) / settings.name,
+            frozenset(tokens.tenants),
+        )
         self._routes = build_routes(settings, self._service, tokens)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's name for it

@@ -16,11 +16,13 @@ from tta_serve import images
 from tta_serve.batching import Batcher
 from tta_serve.engine import Answer, AnswerKind, Engine, Query
 from tta_serve.errors import InvalidInput, Overloaded, Unavailable
+from tta_serve.label_service import LabelService
 from tta_serve.learner import Learner, Pools
 from tta_serve.lessons import Lesson
 from tta_serve.metrics import Metrics
-from tta_serve.model_service import Limits, ModelService
+from tta_serve.model_service import Limits
 from tta_serve.models import InputSpec
+from tta_serve.remembered import Remembered
 from tta_serve.views import DEFAULT_STREAM, check_stream
 from tta_serve.watch import Reading
 
@@ -32,9 +34,12 @@ T = TypeVar("T")
 class Prediction(NamedTuple):
     """The answer to one request, in the order of its images."""
 
-    logits: NDArray[np.float32] | None  # of the adapted model, [n, C]
+    logits: NDArray[np.float32] | None  # of the adapted model, [n, C + added classes]
     frozen_logits: NDArray[np.float32] | None  # [n, C]
     version: int  # of the state that answered
+    added: tuple[str, ...] = ()  # names of the classes behind the model's own
+    head_version: int = 0  # of what labels have taught
+    unknown: NDArray[np.float32] | None = None  # of each image, 0 … 1, where an open set is looked for
 
     @property
     def adapted(self) -> bool:
@@ -47,7 +52,7 @@ class _Asked(NamedTuple):
     asked_s: float
 
 
-class Service(ModelService):
+class Service(LabelService):
     """One classifier: requests in, answers out, adaptation beside.
 
     Args:
@@ -55,11 +60,13 @@ class Service(ModelService):
         spec: what the model reads.
         labels: names of its classes.
         metrics: where everything is counted.
-        mode: `sync` (one request = one batch = one step, in order), `async` (answer first, learn later), or `frozen`
-            (nothing to learn).
+        mode: `sync` (one request = one batch = one step, in order), `async` (answer first, learn later), `labels`
+            (nothing to learn but from these), or `frozen` (nothing to learn).
         limits: of one request.
         batch_rows_max, queue_rows: see `batching.Waiting`.
         pools, budget: of the learner; read in `async` mode.
+        remembered: what labels may name by its prediction.
+        unknown_above: of the score; images above teach nothing without a label. Read where the engine gives scores.
     """
 
     def __init__(
@@ -75,9 +82,12 @@ class Service(ModelService):
         queue_rows: int,
         pools: Pools,
         budget: float,
+        remembered: Remembered,
+        unknown_above: float = 1.0,
     ) -> None:
-        super().__init__(engine.streams, labels, metrics, mode=mode, limits=limits)
-        self.engine = engine
+        super().__init__(
+            engine, labels, metrics, mode=mode, limits=limits, remembered=remembered, unknown_above=unknown_above
+        )
         self.spec = spec
         self._batcher: Batcher[_Asked, tuple[Answer, Lesson]] = Batcher(
             self._answer,
@@ -93,22 +103,18 @@ class Service(ModelService):
         self._batcher.start()
         if self.mode == "async":
             self._learner.start()
+        self.start_teaching()
         self._running = True
 
     async def stop(self) -> None:
         self._running = False
         await self._batcher.stop()
+        await self.stop_teaching()
         await asyncio.to_thread(self._learner.stop)
         self._device.shutdown()
         self._decoders.shutdown()
 
     async def decode(self, contents: Sequence[bytes]) -> Tensor:
-        """Decode pictures into uint8 [n, 3, H, W].
-
-        Raises:
-            TooLarge, InvalidInput: see `images.decode`.
-            Unavailable: the service is not running.
-        """
         self.check_running()
         self.check_count(len(contents))
         began_s = time.monotonic()
@@ -138,13 +144,20 @@ class Service(ModelService):
         return torch.from_numpy(images.checked_range(array))
 
     async def predict(
-        self, x: Tensor, stream: str = DEFAULT_STREAM, *, adapt: bool = True, answer: AnswerKind = "adapted"
+        self,
+        x: Tensor,
+        stream: str = DEFAULT_STREAM,
+        *,
+        id: str | None = None,
+        adapt: bool = True,
+        answer: AnswerKind = "adapted",
     ) -> Prediction:
         """Answer one request.
 
         Args:
             x: from `decode` or `to_input`.
             stream: its name.
+            id: of the prediction, for labels that may come; None: none will.
             adapt: whether the request may be learned from.
             answer: whose answer.
 
@@ -152,22 +165,36 @@ class Service(ModelService):
             InvalidInput: a bad stream name.
             Overloaded: no room for the request or for a new stream.
         """
-        check_stream(stream)
-        begun = self.engine.streams.begin(stream)
-        asked = _Asked(Query(x, stream, answer), adapt, time.monotonic())
+        remember = id is not None and adapt and self.engine.heads is not None
+        result, incarnation = await self._ask(Query(x, stream, answer, remember), adapt)
+        self.metrics.count("tta_images_total", len(x))
+        prediction = Prediction(*result[:3], result.added, result.head_version, result.unknown)
+        if remember and id is not None:
+            self.remember(id, stream, result, incarnation)
+        return prediction
+
+    async def look(self, x: Tensor, stream: str) -> tuple[Answer, int]:
+        return await self._ask(Query(x, stream, remember=True), adapt=False)
+
+    async def _ask(self, query: Query, adapt: bool) -> tuple[Answer, int]:
+        """The answer, and the incarnation of the stream that gave it.
+
+        Raises:
+            Unavailable: the answer holds numbers that are not finite.
+        """
+        check_stream(query.stream)
+        begun = self.engine.streams.begin(query.stream)
         try:
-            result, _ = await self._batcher.submit(asked, rows=len(x))
+            answer, lesson = await self._batcher.submit(_Asked(query, adapt, time.monotonic()), rows=len(query.x))
         except Overloaded:
             if begun:  # a request that was refused leaves no stream behind
-                self.engine.streams.take_back(stream, begun)
+                self.engine.streams.take_back(query.stream, begun)
             raise
-        self.metrics.count("tta_images_total", len(x))
-        prediction = Prediction(result.logits, result.frozen_logits, result.version)
-        if not all(np.isfinite(logits).all() for logits in prediction[:2] if logits is not None):
+        if not all(np.isfinite(logits).all() for logits in answer[:2] if logits is not None):
             raise Unavailable(
-                f"the model gave numbers that are not finite; reset the stream {stream!r} if this goes on"
+                f"the model gave numbers that are not finite; reset the stream {query.stream!r} if this goes on"
             )
-        return prediction
+        return answer, lesson.incarnation
 
     @property
     def waiting_rows(self) -> int:
@@ -178,6 +205,7 @@ class Service(ModelService):
         return waiting + (sum(self._stepping.values()) if stream is None else self._stepping.get(stream, 0))
 
     def drop_pending(self, stream: str) -> None:
+        self.drop_remembered(stream)
         self._learner.forget(stream)
 
     def reading(self, stream: str) -> Reading | None:
@@ -195,16 +223,20 @@ class Service(ModelService):
         return answers
 
     async def _after(self, batch: Sequence[_Asked], answers: Sequence[tuple[Answer, Lesson]]) -> None:
-        if self.mode == "frozen":
+        if self.mode in ("frozen", "labels"):
             return
         lessons = []
-        for asked, (_, lesson) in zip(batch, answers, strict=True):
+        for asked, (answer, lesson) in zip(batch, answers, strict=True):
             if not asked.adapt:
                 self.count_skipped(lesson.rows, "off")
             elif self._is_frozen(lesson.stream):
                 self.count_skipped(lesson.rows, "frozen")
-            else:
+            elif answer.unknown is None or not (strange := answer.unknown > self.unknown_above).any():
                 lessons.append(lesson)
+            else:
+                self.count_skipped(int(strange.sum()), "unknown")
+                if not strange.all():
+                    lessons.append(lesson.only(~strange))
         if self.mode == "async":
             for lesson in lessons:
                 self._learner.offer(lesson)

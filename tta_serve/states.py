@@ -176,6 +176,12 @@ class States:
             record = self._streams[stream] = self._new_life().noted("begun")
             return record
 
+    def adopt(self, stream: str) -> None:
+        """Begin a stream that is known from before, whatever may begin now."""
+        with self._lock:
+            if stream not in self._streams:
+                self._streams[stream] = self._new_life().noted("known from before")
+
     def take_back(self, stream: str, begun: StreamRecord) -> None:
         """Undo `begin`, unless the stream has gone on since."""
         with self._lock:

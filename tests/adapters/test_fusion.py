@@ -116,3 +116,10 @@ def test_without_labels_nothing_is_learned() -> None:
     states, report = Fusion(Fixed(), 2).adapt(((), ()), torch.tensor([1, 1, 0]), batch(None, torch.ones(3)))
     assert states == ((), ())
     assert report.seen.tolist() == [0, 0]
+
+
+def test_how_likely_an_image_is_none_of_the_head_s() -> None:
+    # one label: e = ½ · exp(log 4) = 2, P(none) = 1/3; three: ¾ · 4 = 3 each, 1/7
+    tables = (NOTHING, Table((5,), (1,), (log(4.0),)), Table((1, 5), (3, 3), (log(4.0), log(4.0))))
+    none = Fusion(Fixed(), 2).none(tables, torch.tensor([1, 0, 2]), torch.zeros(3, 2))
+    assert none.tolist() == pytest.approx([1 / 3, 1.0, 1 / 7])

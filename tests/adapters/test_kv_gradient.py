@@ -156,3 +156,29 @@ def test_a_state_grows_by_at_most_a_cell_a_codebook_an_item() -> None:
         state = made.learn(state, items([code], [0]))
         assert len(state.cells) <= 2 * count
     assert state.cells.tolist() == [0, 2, 3, 4]
+
+
+def test_cells_are_put_in_between_and_the_state_before_stays() -> None:
+    """At a rate of 0 values stay what they are: nothing but their places changes."""
+    made = head(rate=0.0)
+    cells, values = torch.tensor([1, 4], dtype=torch.int32), torch.tensor([[2.0, -4.0], [7.0, 1.0]])
+    state = KVGradientState(torch.tensor([6]), torch.tensor([3]), cells.clone(), values.clone())
+    found = made.learn(state, items([[0, 2], [2, 1], [1, 0]], [6, 6, 6]))
+    assert (found.images.tolist(), found.cells.tolist()) == ([6], [0, 1, 2, 3, 4, 5])
+    zero = [0.0, 0.0]
+    assert found.values.tolist() == [zero, [2.0, -4.0], zero, zero, [7.0, 1.0], zero]
+    assert torch.equal(state.cells, cells)
+    assert torch.equal(state.values, values)
+
+
+@pytest.mark.parametrize(("outputs", "expected"), [(4, [3 / 6, 1 / 6, 1 / 6]), (2, [3 / 4, 1 / 4, 0.0])])
+def test_probabilities_are_of_each_told_class_and_of_one_never_told(outputs: int, expected: list[float]) -> None:
+    """Logits are the mean of log 9 and 0 for the first class, and 0 for all others: e^(½ log 9) = 3 against 1 each."""
+    made = head(outputs=outputs)
+    state = KVGradientState(
+        torch.tensor([1, 4]),
+        torch.tensor([1, 1]),
+        torch.tensor([2, 3], dtype=torch.int32),
+        torch.tensor([[math.log(9), 0.0, 0.0], [0.0, 0.0, 0.0]]),
+    )
+    close(made.probabilities(state, items([[2, 1], [2, 0]], [1, 1]).codes), [expected] * 2)

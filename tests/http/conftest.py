@@ -75,12 +75,16 @@ async def _serving(
     infer_token: str | None = None,
     admin_token: str | None = None,
     tenants: Mapping[str, str] | None = None,
+    store: Path | None = None,
     **model: Any,
 ) -> AsyncIterator[Server]:
     settings = ModelSettings.model_validate({"name": "digits", "source": {"builtin": "digits"}, **model})
     checked = LimitSettings.model_validate(limits or {})
     tokens = Tokens(infer=infer_token, admin=admin_token, tenants=tenants or {})
-    service = build_service(settings, checked, models_on_node=1, replica="r1")
+    service = build_service(
+        settings, checked, models_on_node=1, replica="r1", store=store, tenants=frozenset(tokens.tenants)
+    )
+    assert isinstance(service, Service)
     app = model_app(ModelRoutes("digits", lambda: service, tokens), service)
     front = front_app({"digits": Local(service)}, tokens)
     # exceptions that pass the application are answers to the client, not failures of the test
@@ -112,7 +116,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def serving() -> Serving:
-    """`async with serving(**settings of the model, limits=…, infer_token=…, admin_token=…, tenants=…) as server`."""
+    """`async with serving(**settings of the model, limits=…, infer_token=…, admin_token=…, tenants=…, store=…)`."""
     return _serving
 
 

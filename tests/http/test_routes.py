@@ -358,6 +358,8 @@ async def test_openapi_describes_every_route(server):
         ("POST", f"{model}/infer"),
         ("POST", f"{model}/predict"),
         ("POST", f"{model}/feedback"),
+        ("POST", f"{model}/forget"),
+        ("GET", f"{model}/queries"),
         ("GET", f"{model}/translators"),
         *((method, f"{model}/translators/{{modality}}") for method in ("PUT", "DELETE")),
         ("GET", f"{model}/streams"),

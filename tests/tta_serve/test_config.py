@@ -56,6 +56,7 @@ def test_a_short_file_has_good_defaults(write: Callable[[str], Path]) -> None:
     assert (model.replicas, model.device, model.threads) == (1, "auto", "auto")
     assert model.streams.model_dump() == {"max": 10_000, "resident": 1024, "new_per_minute": 600}
     assert settings.auth.tenants == {}
+    assert settings.store.path == Path("tta-state")
 
 
 def test_a_long_file_is_read_in_full(write: Callable[[str], Path], tmp_path: Path) -> None:
@@ -236,10 +237,68 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load(tmp_path / "latin.yaml")
 
 
+def test_a_store_is_a_folder_that_need_not_be_there(write: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = load(write(f"store: {{path: {tmp_path}/state}}\nmodels: [{{name: m, {DIGITS}}}]"))
+    assert settings.store.path == tmp_path / "state"
+    assert not settings.store.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "eata"),
+    [
+        ("kv_bottleneck", False),
+        ("{kv_bottleneck: }", False),
+        ("{kv_bottleneck: {}}", False),
+        ("{eata: {}, kv_bottleneck: {}}", True),
+    ],
+)
+def test_every_notation_of_kv_bottleneck(one: Callable[[str], Any], written: str, eata: bool) -> None:
+    adapter = one(f"{DIGITS}, adapter: {written}").adapter
+    assert (adapter.eata is not None) == eata
+    assert adapter.kv_bottleneck.model_dump() == {
+        "head": "counts",
+        "answers": "combined",
+        "codebooks": 256,
+        "branches": (16, 4, 4),
+        "classes_max": 100,
+        "labels_per_class": 4096,
+        "labels_max": 100_000,
+    }
+
+
+def test_kv_bottleneck_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "images.npz").touch()
+    model = one(
+        f"source: torchvision/resnet18, weights: DEFAULT, prior: {tmp_path}/images.npz, adapter: {{kv_bottleneck: "
+        "{head: ridge, answers: head, codebooks: 8, branches: [4, 2], classes_max: 3, labels_per_class: 5}}, "
+        "feedback: {remember_images: 0}"
+    )
+    assert model.adapter.kv_bottleneck.model_dump() == {
+        "head": "ridge",
+        "answers": "head",
+        "codebooks": 8,
+        "branches": (4, 2),
+        "classes_max": 3,
+        "labels_per_class": 5,
+        "labels_max": 100_000,
+    }
+    assert model.feedback.remember_images == 0
+
+
+def test_keys_are_made_from_images_and_no_weights(problems: Callable[[str], list[str]], tmp_path: Path) -> None:
+    (tmp_path / "prior.safetensors").touch()
+    (problem,) = problems(
+        f"models: [{{name: m, source: torchvision/resnet18, adapter: kv_bottleneck, "
+        f"prior: {tmp_path}/prior.safetensors}}]"
+    )
+    assert "kv_bottleneck needs `prior`: an .npz with `images`" in problem
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("models: []", "models: give at least one model"),
+        (f"store: {{url: x}}\nmodels: [{{name: a, {DIGITS}}}]", "store.url: there is no such key"),
         ("http: {}", "models: Field required"),
         ("models: 3", "models: Input should be a valid tuple, not 3"),
         ("models: [3]", "models.0: Input should be a valid dictionary or instance of ModelSettings, not 3"),
@@ -271,11 +330,45 @@ def test_problems_of_the_whole_file(problems: Callable[[str], list[str]], text: 
         ("source: torchvision/ResNet", "source.torchvision: String should match pattern"),
         (
             f"{DIGITS}, adapter: {{}}",
-            "adapter: give exactly one adapter: eata: {…}, modtr: {…} and/or alignment: {…}, or source: true",
+            "adapter: give eata: {…} and/or kv_bottleneck: {…}, or modtr: {…} and/or alignment: {…}, or source: true",
         ),
         (
             f"{DIGITS}, adapter: {{eata: {{}}, source: true}}",
-            "adapter: give exactly one adapter: eata: {…}, modtr: {…} and/or",
+            "adapter: give eata: {…} and/or kv_bottleneck: {…}, or modtr: {…} and/or",
+        ),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{}}, source: true}}", "adapter: give eata: {…} and/or kv_bottleneck"),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{}}, modtr: {{}}}}", "adapter: give eata: {…} and/or kv_bottleneck"),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{head: tree}}}}",
+            "adapter.kv_bottleneck.head: Input should be 'counts'",
+        ),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{answers: both}}}}", "adapter.kv_bottleneck.answers: Input should be "),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{codebooks: 0}}}}", "adapter.kv_bottleneck.codebooks: Input should be"),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{branches: [4, 1]}}}}",
+            "adapter.kv_bottleneck.branches.1: Input should",
+        ),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{branches: []}}}}",
+            "adapter.kv_bottleneck: branches [] give 0 keys; there can be 2 to 32768",
+        ),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{branches: [256, 129]}}}}",
+            "adapter.kv_bottleneck: branches [256, 129] give 33024 keys; there can be 2 to 32768",
+        ),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{classes_max: 0}}}}",
+            "adapter.kv_bottleneck.classes_max: Input should",
+        ),
+        (
+            f"{DIGITS}, adapter: {{kv_bottleneck: {{codebooks: 4096, branches: [16, 16, 2]}}}}",
+            "adapter.kv_bottleneck: 4096 codebooks of 512 keys are 2097152 values for each class",
+        ),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{labels_per_class: 0}}}}", "adapter.kv_bottleneck.labels_per_class: "),
+        (f"{DIGITS}, adapter: {{kv_bottleneck: {{keys: 4}}}}", "adapter.kv_bottleneck.keys: there is no such key"),
+        (
+            "source: torchvision/resnet18, weights: DEFAULT, adapter: kv_bottleneck",
+            "kv_bottleneck needs `prior`: an .npz with `images` like those that will come, without labels, uint8",
         ),
         (f"{DIGITS}, adapter: {{source: false}}", "adapter.source: Input should be True, not False"),
         (f"{DIGITS}, adapter: tent", "adapter: Input should be a valid dictionary"),
@@ -498,7 +591,11 @@ def test_a_detector_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
     [
         (
             f"{SCENES}, adapter: eata",
-            "adapter: eata is for classifiers; a detector takes modtr, alignment, both, or source",
+            "adapter: eata and kv_bottleneck are for classifiers; a detector takes modtr, alignment, both or source",
+        ),
+        (
+            f"{SCENES}, adapter: kv_bottleneck",
+            "adapter: eata and kv_bottleneck are for classifiers; a detector takes modtr, alignment, both or source",
         ),
         (f"{SCENES}, input: {{size: [8, 8]}}", "input: a detector resizes and normalises by itself; remove it"),
         (f"{SCENES}, runtime: compile", "runtime: a detector runs in eager"),
@@ -520,7 +617,7 @@ def test_a_detector_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
             "adapter.modtr.router_confidence: Input should be",
         ),
         (f"{SCENES}, adapter: {{modtr: {{modality_learning_rate: 0}}}}", "adapter.modtr.modality_learning_rate: Input"),
-        (f"{SCENES}, adapter: {{modtr: {{}}, source: true}}", "adapter: give exactly one adapter"),
+        (f"{SCENES}, adapter: {{modtr: {{}}, source: true}}", "adapter: give eata: {…} and/or kv_bottleneck"),
         (f"{SCENES}, translators: {{ir: none.safetensors}}", "translators.ir.file: none.safetensors is not a file"),
         (f"{SCENES}, translators: {{ir: {{file: FILE, probe: none}}}}", "translators.ir.probe: none is not a folder"),
         (f"{SCENES}, translators: {{ir: {{}}}}", "translators.ir.file: Field required"),

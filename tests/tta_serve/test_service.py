@@ -23,6 +23,7 @@ from tta_serve.lessons import Lesson
 from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
 from tta_serve.models import InputSpec
+from tta_serve.remembered import Remembered
 from tta_serve.service import Service, probabilities
 from tta_serve.views import check_stream
 from tta_serve.watch import Reading
@@ -58,6 +59,7 @@ def service(pipeline: Callable[..., Pipeline]) -> Make:
             queue_rows=queue_rows,
             pools=Pools(step_rows, step_wait_s=1000.0, queue_rows=100),
             budget=1.0,
+            remembered=Remembered(100, 10**6, 600),
         )
 
     return make
