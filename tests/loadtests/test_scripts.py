@@ -11,8 +11,23 @@ import pytest
 from loadtests import errors
 from loadtests.report import ROOT
 
-SCRIPTS = ("alignment", "modality", "protocols", "replay_eata", "runtime", "shift", "streams", "throughput")
-IN_PROCESS = {"protocol_served.py", "runtime.py", "streams.py"}  # measure the server's parts without HTTP
+SCRIPTS = (
+    "alignment",
+    "incremental",
+    "modality",
+    "protocols",
+    "replay_eata",
+    "runtime",
+    "shift",
+    "streams",
+    "throughput",
+)
+IN_PROCESS = {
+    "incremental_encoder.py",
+    "protocol_served.py",
+    "runtime.py",
+    "streams.py",
+}  # measure the server's parts without HTTP
 MADE = {"modality_scenes.py"}  # what is sent is made there, and its measure is too; no part of the server runs here
 
 
