@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from loadtests.errors import MissingTool
 from loadtests.incremental_images import Labels
 from loadtests.incremental_orders import RARITY, Compared
 from loadtests.incremental_play import mean_drop
-from loadtests.plots import COLOURS
+from loadtests.plots import COLOURS, blank
 
 CEILING = "ceiling"
 # name in the JSON form → for people
@@ -198,14 +197,7 @@ def plot(file: Path, figures: Mapping[str, float], tasks: int) -> None:
     Raises:
         MissingTool: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        message = "a picture needs matplotlib: pip install matplotlib (it is in the dependency group `load`)"
-        raise MissingTool(message) from None
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(7.5, 4.6)
     axes = figure.subplots()
     numbers: Sequence[int] = range(1, tasks + 1)
     shown = [name for name in TITLES if f"accuracy/task_1/{name}" in figures]

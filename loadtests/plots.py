@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loadtests.errors import MissingTool
 
@@ -23,8 +23,12 @@ class Bars(NamedTuple):
     logarithmic: bool = False
 
 
-def draw(file: Path, panels: Sequence[Bars]) -> None:
-    """Draw panels below one another and write them as PNG.
+def blank(width: float, height: float) -> Any:
+    """A picture without anything in it, matplotlib's.
+
+    Args:
+        width: in inches.
+        height: in inches.
 
     Raises:
         MissingTool: matplotlib is not installed.
@@ -35,9 +39,19 @@ def draw(file: Path, panels: Sequence[Bars]) -> None:
     except ImportError:
         message = "a picture needs matplotlib: pip install matplotlib (it is in the dependency group `load`)"
         raise MissingTool(message) from None
-    most = max(len(panel.labels) for panel in panels)
-    figure = Figure(figsize=(max(7.0, 1.5 + 0.6 * most), 4.2 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(file: Path, panels: Sequence[Bars]) -> None:
+    """Draw panels below one another and write them as PNG.
+
+    Raises:
+        MissingTool: matplotlib is not installed.
+    """
+    most = max(len(panel.labels) for panel in panels)
+    figure = blank(max(7.0, 1.5 + 0.6 * most), 4.2 * len(panels))
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         width = 0.8 / len(panel.series)
         for number, (name, values) in enumerate(panel.series.items()):

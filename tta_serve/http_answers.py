@@ -1,10 +1,13 @@
 """What the headers of a prediction ask for, and its answer in the words of the wire."""
 
+import base64
+import binascii
 import reprlib
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from starlette.requests import Request
 
 from tta_serve import errors
@@ -63,6 +66,25 @@ def header_or_parameter(request: Request, header: str, name: str, parameter: obj
             f"the header {header} names the {name} {said!r}, the parameter {name} {parameter!r}; give one"
         )
     return parameter if said is None else said
+
+
+def problem_of(error: ValidationError) -> str:
+    """The first thing that is wrong with a body: where, what, and what is there."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where + ': ' if where else ''}{problem['msg']}, not {reprlib.repr(problem['input'])}"
+
+
+def from_base64(text: str) -> bytes:
+    """A picture in a body of JSON.
+
+    Raises:
+        InvalidInput: it is not base64.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise errors.InvalidInput(f"image is not base64: {error}") from None
 
 
 def read_count(request: Request, name: str, *, default: int, least: int, most: int) -> int:

@@ -1,7 +1,5 @@
 """Routes of one detector."""
 
-import base64
-import binascii
 import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ from tta_serve.config import RGB, Tokens
 from tta_serve.detection_service import DetectionService, Prediction
 from tta_serve.engine import AnswerKind
 from tta_serve.feedback import Feedback
-from tta_serve.http_answers import Options, header_or_parameter, read_options
+from tta_serve.http_answers import Options, from_base64, header_or_parameter, problem_of, read_options
 from tta_serve.http_routes import (
     INPUT_NAME,
     MODEL_VERSION,
@@ -209,12 +207,7 @@ def parse_feedback(body: bytes) -> Asked:
         asked = FeedbackRequest.model_validate(content)
         return Asked(asked.stream, asked.modality, tuple(_feedback(item) for item in asked.items))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise errors.InvalidInput(
-            f"the body is no feedback: {where + ': ' if where else ''}{problem['msg']}, "
-            f"not {reprlib.repr(problem['input'])}"
-        ) from None
+        raise errors.InvalidInput(f"the body is no feedback: {problem_of(error)}") from None
     except (ValueError, RecursionError) as error:
         raise errors.InvalidInput(f"the body is not JSON: {error}") from None
 
@@ -226,12 +219,7 @@ def _feedback(item: FeedbackItem) -> Feedback:
         raise errors.InvalidInput(f"`index` {item.index} is of an earlier prediction's images; an `image` is one")
     if bad := [box for box in item.boxes if len(box) != 4]:
         raise errors.InvalidInput(f"a box is {reprlib.repr(bad[0])}; it must be [x1, y1, x2, y2]")
-    image = None
-    if item.image is not None:
-        try:
-            image = base64.b64decode(item.image, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise errors.InvalidInput(f"image is not base64: {error}") from None
+    image = None if item.image is None else from_base64(item.image)
     boxes = np.array(item.boxes, dtype=np.float64).reshape(-1, 4)
     return Feedback(boxes, tuple(item.labels), item.id, item.index, image)
 

@@ -1,9 +1,6 @@
 """Routes of what a classifier is told: labels, and what to forget of them."""
 
-import base64
-import binascii
 import json
-import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
-from tta_serve.http_answers import read_count, read_options
+from tta_serve.http_answers import from_base64, problem_of, read_count, read_options
 from tta_serve.label_service import Label, LabelService, Taken
 
 ITEMS_MAX = 4096  # of a list in a body; a request may hold fewer images
@@ -165,12 +162,7 @@ def parse_body(kind: type[Body], body: bytes, what: str) -> Body:
     try:
         return kind.model_validate(json.loads(body))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise errors.InvalidInput(
-            f"the body is no {what}: {where + ': ' if where else ''}{problem['msg']}, "
-            f"not {reprlib.repr(problem['input'])}"
-        ) from None
+        raise errors.InvalidInput(f"the body is no {what}: {problem_of(error)}") from None
     except (ValueError, RecursionError) as error:
         raise errors.InvalidInput(f"the body is not JSON: {error}") from None
 
@@ -182,10 +174,7 @@ def _label(item: LabelItem) -> Label:
         return Label(item.label, item.id, item.index)
     if item.index:
         raise errors.InvalidInput(f"`index` {item.index} is of an earlier prediction's images; an `image` is one")
-    try:
-        return Label(item.label, item.id, 0, base64.b64decode(item.image, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise errors.InvalidInput(f"image is not base64: {error}") from None
+    return Label(item.label, item.id, 0, from_base64(item.image))
 
 
 def _result(taken: Taken) -> dict[str, Any]:

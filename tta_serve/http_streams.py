@@ -1,6 +1,5 @@
 """Routes of one model's streams: to look at them, for all who may predict; to command them, with the admin token."""
 
-import reprlib
 from collections.abc import Awaitable, Callable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,7 +9,7 @@ from starlette.responses import JSONResponse
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
-from tta_serve.http_answers import read_count
+from tta_serve.http_answers import problem_of, read_count
 from tta_serve.model_service import ModelService
 from tta_serve.views import StreamView
 
@@ -104,11 +103,8 @@ def parse_rollback(body: bytes) -> int:
     try:
         return RollbackRequest.model_validate_json(body).version
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
         raise errors.InvalidInput(
-            f'the body must be {{"version": n}}, n one of the stream\'s versions; '
-            f"{where + ': ' if where else ''}{problem['msg']}, not {reprlib.repr(problem['input'])}"
+            f'the body must be {{"version": n}}, n one of the stream\'s versions; {problem_of(error)}'
         ) from None
 
 
