@@ -162,6 +162,10 @@ def _nearest_child(points: Tensor, cells: Tensor, centres: Tensor, half: Tensor,
         return torch.baddbmm(half.unsqueeze(1), points, centres.transpose(1, 2), alpha=-1).argmin(dim=2)
     first = (cells + torch.arange(books, device=cells.device).unsqueeze(1) * (centres.shape[1] // branch)) * branch
     flat_points, flat_centres, flat_half = points.flatten(0, 1), centres.flatten(0, 1), half.flatten()
+    if rows == 1:  # all children at once: a gather more or less costs more than what it gathers
+        places = first + torch.arange(branch, device=cells.device)
+        distances = flat_half[places] - (flat_centres[places] * flat_points.unsqueeze(1)).sum(dim=2)
+        return cells * branch + distances.argmin(dim=1, keepdim=True)
     distances = flat_points.new_empty(books * rows, branch)
     for child in range(branch):
         place = first.flatten() + child

@@ -160,20 +160,22 @@ class Counts:
         are computed one by one.
         """
         books = len(self.keys.prior.usage)
-        met = part.cells.long()
         counts = part.counts.float()
         total = part.images.float().expand(books, 1)  # N of the parents, [C, parents]
         value = torch.zeros_like(total)
         for level, ((cells, below), share) in enumerate(zip(levels_of(self.keys.config), self._shares, strict=True)):
             branch = cells // total.shape[1]
             strength = self._pseudo_count(level) * branch
-            value = _to_children(value - (total + strength).log(), branch)
+            value = value - (total + strength).log_()
             if below == 1:
                 break
-            total = total.new_zeros(books * cells).index_add_(0, met // below, counts).view(books, cells)
-            value = value + (total / share + strength).log_()
-        value = (value + log(strength)).flatten()
-        return value.index_add_(0, met, (counts / (strength * share.flatten()[met])).log1p_())
+            value = _to_children(value, branch)
+            met = torch.div(part.cells, below, rounding_mode="floor")
+            total = total.new_zeros(books * cells).index_add_(0, met, counts).view(books, cells)
+            value += torch.addcdiv(share.new_tensor(strength), total, share).log_()
+        value = _to_children(value + log(strength), branch).flatten()
+        deepest = share.flatten().index_select(0, part.cells)
+        return value.index_add_(0, part.cells, (counts / (strength * deepest)).log1p_())
 
     def _pseudo_count(self, level: int) -> float:
         return self.config.pseudo_counts[min(level, len(self.config.pseudo_counts) - 1)]
@@ -203,7 +205,7 @@ def _are_same(some: ClassCounts | None, other: ClassCounts) -> bool:
 
 def _to_children(value: Tensor, branch: int) -> Tensor:
     """Every cell's value for each of its children, [C, cells · branch]."""
-    return value.unsqueeze(2).expand(-1, -1, branch).reshape(len(value), -1)
+    return value.unsqueeze(2).expand(-1, -1, branch).flatten(1).contiguous()
 
 
 def _state(known: dict[int, ClassCounts]) -> CountsState:

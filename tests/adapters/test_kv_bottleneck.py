@@ -95,7 +95,7 @@ def shuffled(told: list[tuple[int, int, int]], seed: int) -> list[tuple[int, int
     return [told[i] for i in order.tolist()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(told=st.lists(ITEM, max_size=20), parts=st.integers(1, 5), seed=st.integers(0, 2**30))
 def test_neither_order_nor_parts_leave_a_trace(
     head: Counts, told: list[tuple[int, int, int]], parts: int, seed: int
@@ -108,7 +108,7 @@ def test_neither_order_nor_parts_leave_a_trace(
     assert tree.digest(state) == tree.digest(whole)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(told=st.lists(ITEM, max_size=20), seed=st.integers(0, 2**30), forgotten=st.integers(0, 3))
 def test_a_class_that_is_forgotten_was_never_seen(
     head: Counts, told: list[tuple[int, int, int]], seed: int, forgotten: int
@@ -122,7 +122,7 @@ def test_a_class_that_is_forgotten_was_never_seen(
     assert forgotten not in head.read(left).classes
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(base=st.lists(ITEM, max_size=10), own=st.lists(ITEM, max_size=10))
 def test_merging_is_having_learned_both(
     head: Counts, base: list[tuple[int, int, int]], own: list[tuple[int, int, int]]
