@@ -18,7 +18,7 @@ stream, and 1e-3) and for the ceiling, an offline linear layer on all images:
     python loadtests/incremental.py --quick                                  # digits: a trial in a minute
 
 Without --url it starts its own server with a model for each head. The models of another server must be as those that
-`incremental_server.py` describes; their streams are emptied afterwards. All of it takes 20 minutes on two cores.
+`incremental_server.py` describes; their streams are emptied afterwards. All of it takes 50 minutes on two cores.
 """
 
 import argparse

@@ -66,7 +66,7 @@ def test_no_answer_depends_on_other_requests(learned: Engine, rows: Rows, mix: l
         for one, other in ((together.logits, alone.logits), (together.frozen_logits, alone.frozen_logits)):
             assert (one is None) == (other is None)
             if one is not None:
-                np.testing.assert_allclose(one, other, **CLOSE)
+                assert_close_logits(one, other)
         assert (lesson.moments is None) == (own.moments is None)
         if lesson.moments is not None:
             for one_leaf, other_leaf in zip(lesson.moments, own.moments or (), strict=True):
@@ -80,7 +80,12 @@ def test_nor_on_their_order(learned: Engine, rows: Rows, mix: list[tuple[str, in
     order = [i for i in order if i < len(queries)]
     found = [answer for answer, _ in learned.predict(queries)]
     for i, (answer, _) in zip(order, learned.predict([queries[i] for i in order]), strict=True):
-        np.testing.assert_allclose(answer.logits, found[i].logits, **CLOSE)
+        assert_close_logits(answer.logits, found[i].logits)
+
+
+def assert_close_logits(one: Any, other: Any) -> None:
+    """Of the largest logit, or of 1: where float32 rounds that one, a small one beside it cannot be more exact."""
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(other).max()))
 
 
 def close(one: Engine, other: Engine, stream: str, *, moments: bool = True, tolerance: float = 1e-5) -> None:
