@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters import tree
-from adapters.heads import AnyHead, Items
+from adapters.heads import AnyHead, Items, NeverLearned
 from tta_serve.audit import Change, Scope
 from tta_serve.cache import Cache
 from tta_serve.errors import TooLarge, Unavailable
@@ -116,10 +116,7 @@ class Heads:
     def load(self) -> None:
         """Make what is in the log ready, so that no prediction waits for it."""
         with self._lock:
-            by_owner: dict[Owner, list[Entry]] = {}
-            for entry in self.feedback.entries():
-                if entry.namespace == self.namespace(entry.stream):  # else it was told before tenants changed
-                    by_owner.setdefault(self._owner(entry), []).append(entry)
+            by_owner = self._in_effect(self.feedback.entries())
             self._parts.clear()
             self._views.clear()
             self._owners = set(by_owner)
@@ -239,8 +236,7 @@ class Heads:
     def _entries(self, owner: Owner) -> list[Entry]:
         if owner.scope == "stream":  # of its namespace as it is now: numbers of classes are a namespace's
             return self.feedback.entries(namespace=self.namespace(owner.name), stream=owner.name, scope="stream")
-        entries = self.feedback.entries(namespace=owner.name, scope="shared")
-        return [entry for entry in entries if entry.namespace == self.namespace(entry.stream)]
+        return self._in_effect(self.feedback.entries(namespace=owner.name, scope="shared")).get(owner, [])
 
     def _replayed(self, entries: Sequence[Entry]) -> Any:
         return self.head.learn(self._nothing.state, self._items(entries)) if entries else self._nothing.state
@@ -386,11 +382,8 @@ class Heads:
         with self._lock:
             self.refresh()
             found = self.feedback.find(where)
-            inert = [each for each in found.entries if each.namespace != self.namespace(each.stream)]
-            by_owner: dict[Owner, list[Entry]] = {}
-            for entry in found.entries:
-                if entry not in inert:
-                    by_owner.setdefault(self._owner(entry), []).append(entry)
+            by_owner = self._in_effect(found.entries)
+            inert = len(found.entries) - sum(map(len, by_owner.values()))
             owners = sorted(by_owner)
             names = self._names(found.entries)
             before = [self._part(owner).state for owner in owners]
@@ -406,7 +399,7 @@ class Heads:
                 Change(what, self.namespace(stream), stream, owner.scope, len(by_owner[owner]), *digests)
                 for owner, *digests in zip(owners, map(tree.digest, before), map(tree.digest, after), strict=True)
             ]
-            if without_effect := len(found.foreign) + len(inert):
+            if without_effect := len(found.foreign) + inert:
                 note = "that had no effect"
                 changes.append(Change(what, self.namespace(stream), stream, None, without_effect, note=note))
             left = [self._left(owner, by_owner[owner]) for owner in owners]
@@ -418,8 +411,8 @@ class Heads:
             gone = names - self._names(found.entries)
             self.view(stream)
         return Receipt(
-            len(removed.entries) - len(inert),
-            removed.foreign + len(inert),
+            len(removed.entries) - inert,
+            removed.foreign + inert,
             tuple(sorted({name for _, name in gone})),
             tree.digest(tuple(before)),
             tree.digest(tuple(after)),
@@ -429,18 +422,27 @@ class Heads:
 
     def _without(self, owner: Owner, entries: Sequence[Entry]) -> Any:
         """An owner's state without some entries."""
-        if not self.head.order_free:  # its unlearning is learning the rest anew
+        if not self.head.order_free or not entries:  # the former's unlearning is learning the rest anew
             return self._replayed(self._rest(owner, entries))
-        items = self._items(entries) if entries else None
-        state = self._part(owner).state
-        return state if items is None else self.head.unlearn(state, items, Items(items.codes[:0], items.classes[:0]))
+        items = self._items(entries)
+        try:
+            return self.head.unlearn(self._part(owner).state, items, Items(items.codes[:0], items.classes[:0]))
+        except NeverLearned:  # another process told some of them since this was last looked at
+            log.warning("%s was not what the feedback log says; it is made anew", owner)
+            return self._replayed(self._rest(owner, entries))
 
     def _rest(self, owner: Owner, gone: Sequence[Entry]) -> list[Entry]:
         without = {entry.seq for entry in gone}
         return [entry for entry in self._entries(owner) if entry.seq not in without]
 
-    def _owner(self, entry: Entry) -> Owner:
-        return Owner(entry.scope, entry.stream if entry.scope == "stream" else entry.namespace)
+    def _in_effect(self, entries: Sequence[Entry]) -> dict[Owner, list[Entry]]:
+        """By whose state they are in; without those that were told before tenants changed."""
+        found: dict[Owner, list[Entry]] = {}
+        for entry in entries:
+            if entry.namespace == self.namespace(entry.stream):
+                name = entry.stream if entry.scope == "stream" else entry.namespace
+                found.setdefault(Owner(entry.scope, name), []).append(entry)
+        return found
 
     def _names(self, entries: Sequence[Entry]) -> set[tuple[str, str]]:
         """Added classes of the namespaces of these, as they are now."""
