@@ -29,6 +29,8 @@ from adapters.heads import Head, Items, NeverLearned
 from adapters.keys import Keys, KeysConfig, KeysPrior, fit_keys
 from adapters.kv_bottleneck import Counts, CountsConfig
 from adapters.kv_gradient import KVGradient, KVGradientConfig
+from adapters.merge_rules import Averages, Fading, Latest, Pooled, Steps, Totals
+from adapters.merging import Contribution, Merged, Merging, Round, contribute, rebase
 from adapters.modtr import ModTr, ModTrConfig, ModTrState, SharedConfig, SharedState, SharedWeights, Taught
 from adapters.norm import Modulation, Network, Statistics
 from adapters.ridge import Ridge, RidgeConfig, fit_ridge
@@ -44,12 +46,14 @@ __all__ = [
     "AlignmentConfig",
     "AlignmentPrior",
     "AlignmentState",
+    "Averages",
     "Batch",
     "Boxes",
     "ClassMeans",
     "ClassMeansConfig",
     "ClassMeansPrior",
     "Components",
+    "Contribution",
     "Counts",
     "CountsConfig",
     "DetectionLoss",
@@ -60,6 +64,7 @@ __all__ = [
     "EATAConfig",
     "EATAPrior",
     "EATAState",
+    "Fading",
     "FlatKeys",
     "FlatKeysConfig",
     "Forgetting",
@@ -76,6 +81,9 @@ __all__ = [
     "Keys",
     "KeysConfig",
     "KeysPrior",
+    "Latest",
+    "Merged",
+    "Merging",
     "ModTr",
     "ModTrConfig",
     "ModTrState",
@@ -86,21 +94,26 @@ __all__ = [
     "Output",
     "Pipeline",
     "PipelineState",
+    "Pooled",
     "Probe",
     "Report",
     "Ridge",
     "RidgeConfig",
+    "Round",
     "SharedConfig",
     "SharedState",
     "SharedWeights",
     "Source",
     "Statistics",
+    "Steps",
     "Taught",
+    "Totals",
     "Translator",
     "TranslatorConfig",
     "Trip",
     "UnsupportedModel",
     "alignment_prior",
+    "contribute",
     "drift_prior",
     "fit_class_means",
     "fit_components",
@@ -108,5 +121,6 @@ __all__ = [
     "fit_keys",
     "fit_ridge",
     "folded",
+    "rebase",
     "trip_names",
 ]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from adapters import drift, optim
 from adapters.base import AdapterError, Batch, Groups, Moments, Report, Site, UnsupportedModel
+from adapters.merge_rules import Pooled, Steps, Totals, discount
+from adapters.merging import Merging
 from adapters.norm import Evidence, Modulation, Network, Statistics, pool
 
 
@@ -51,9 +53,11 @@ class AlignmentState(NamedTuple):
     mean: Tensor  # the stream's own batch-norm statistics, float32 [P]; the source's until something was seen
     var: Tensor  # float32 [P]
     images: Tensor  # images behind `mean` and `var`, capped, float32 []
+    discount: Tensor  # of images so far, by the cap: Σ −ln of the factors, nats, float64 []
     feature_mean: Tensor  # moving moments of the features, float32 [F]; the source's until something was seen
     feature_var: Tensor  # float32 [F]
     feature_images: Tensor  # images behind these two, capped, float32 []
+    feature_discount: Tensor  # as `discount`, of feature_images, float64 []
     optimizer: optim.OptimizerState
     seen: Tensor  # rows so far, int64 []
     selected: Tensor  # rows that a step was taken on so far, int64 []
@@ -128,9 +132,11 @@ class Alignment:
             mean=self.network.mean.clone(),
             var=self.network.var.clone(),
             images=self.source_params.new_zeros(()),
+            discount=self.source_params.new_zeros((), dtype=torch.float64),
             feature_mean=self.prior.mean.clone(),
             feature_var=self.prior.var.clone(),
             feature_images=self.source_params.new_zeros(()),
+            feature_discount=self.source_params.new_zeros((), dtype=torch.float64),
             optimizer=optim.init("adam", self.source_params),
             seen=zero,
             selected=zero.clone(),
@@ -143,6 +149,20 @@ class Alignment:
     def with_params(self, states: AlignmentState, params: Tensor) -> AlignmentState:
         """The same table with other parameters, [S, 2 P]: for guards."""
         return states._replace(params=params)
+
+    def merging(self) -> Merging:
+        """Parameters by the rows that steps were taken on, statistics and features by images."""
+        config = self.config
+        of_features = ("feature_mean", "feature_var", "feature_images", "feature_discount")
+        return Merging(
+            (
+                Steps(("params",), by="selected"),
+                Pooled("mean", "var", "images", "discount", config.stream_images_max),
+                Pooled(*of_features, images_max=config.feature_images_max),
+                Totals(("seen", "selected")),
+            ),
+            local=("optimizer.step", "optimizer.first", "optimizer.second"),
+        )
 
     def modulate(self, states: AlignmentState, rows: Tensor, groups: Groups) -> Modulation:
         """How to answer these requests: by what is known of their streams, whatever else is in the batch."""
@@ -190,6 +210,7 @@ class Alignment:
             feature_mean=torch.where(active, features.mean.detach(), states.feature_mean),
             feature_var=torch.where(active, features.var.detach(), states.feature_var),
             feature_images=torch.where(count > 0, images, states.feature_images),
+            feature_discount=states.feature_discount + _discount(states.feature_images, count, images),
         )
         if output.moments is not None:
             requests = len(batch.groups.sizes)
@@ -249,10 +270,12 @@ class Alignment:
         newest = _pool_by_state(moments, seen_rows, of_group, states.images)
         pooled = pool(Moments(states.mean, states.var), states.images, newest, count)
         active = (count > 0).unsqueeze(1)
+        images = (states.images + count).clamp(max=self.config.stream_images_max)
         return states._replace(
             mean=torch.where(active, pooled.mean, states.mean),
             var=torch.where(active, pooled.var, states.var),
-            images=(states.images + count).clamp(max=self.config.stream_images_max),
+            images=images,
+            discount=states.discount + _discount(states.images, count, images),
         )
 
 
@@ -350,6 +373,11 @@ def _measuring(told: Modulation) -> Modulation:
         tolerance=math.inf,
     )
     return told._replace(statistics=Statistics.BLEND, evidence=evidence)
+
+
+def _discount(past: Tensor, new: Tensor, capped: Tensor) -> Tensor:
+    """How much the past images lose where they and the new ones are worth `capped` together; each [S]."""
+    return discount(past, past * (capped / (past + new).clamp(min=torch.finfo(past.dtype).tiny)))
 
 
 def _pool_by_state(parts: Moments, images: Tensor, rows: Tensor, states: Tensor) -> Moments:

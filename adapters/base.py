@@ -22,6 +22,9 @@ Laws, which `checks.check_adapter` proves for each adapter:
 4. A request whose rows all have weight 0 teaches nothing. (A single row of weight 0 is not selected, but still shares
    in the statistics of its request.)
 5. A state survives encoding bit for bit.
+
+An adapter of the sites `input` and `norm` also says what its leaves mean when several replicas learn about one stream:
+`merging()`. The laws of that are in `merging.py`. (A head is what its feedback makes of it, and is never merged.)
 """
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from adapters import tree
 from adapters.detection import Boxes
+from adapters.merging import Merging
 
 if TYPE_CHECKING:  # norm.py stands on this file
     from adapters.norm import Modulation, Network
@@ -153,6 +157,10 @@ class InputAdapter(Adapter[S], Protocol[S]):
 
     def transform(self, states: S, rows: Tensor, x: Tensor) -> Tensor: ...
 
+    def merging(self) -> Merging:
+        """What the leaves of a state mean when two replicas have changed it."""
+        ...
+
 
 class NormAdapter(Adapter[S], Protocol[S]):
     """Changes what the normalisation layers do."""
@@ -168,6 +176,10 @@ class NormAdapter(Adapter[S], Protocol[S]):
             groups: the requests; their sizes count.
             moments: [G, P].
         """
+        ...
+
+    def merging(self) -> Merging:
+        """What the leaves of a state mean when two replicas have changed it."""
         ...
 
 
@@ -260,6 +272,12 @@ class Pipeline:
     def absorb(self, states: PipelineState, rows: Tensor, groups: Groups, moments: Moments) -> PipelineState:
         """Let the norm site take requests' statistics; see `NormAdapter.absorb`."""
         return states._replace(norm=self.norm.absorb(states.norm, rows, groups, moments)) if self.norm else states
+
+    def merging(self) -> Merging:
+        """The rules of the input and the norm site; the head's state has none."""
+        of_input = self.input.merging().below("input") if self.input else Merging()
+        of_norm = self.norm.merging().below("norm") if self.norm else Merging()
+        return of_input.joined(of_norm)
 
 
 def _table_rows(rows: Tensor, states: Any) -> int:

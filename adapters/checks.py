@@ -5,7 +5,8 @@ table of four states, and raises an `AssertionError` that names the first law br
 is the law.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,12 @@ from adapters import tree
 from adapters.base import Batch, Groups, Output, Pipeline, PipelineState, Report
 from adapters.claims import equal_bits, near, reachable, require, same, unchanged
 from adapters.detection import Boxes
+from adapters.merge_rules import Fading, Pooled
+from adapters.merging import Contribution, Merged, contribute, rebase
 
 STREAMS = (2, 0, 2, 0)  # whose request each of the four is; of the table's rows 0 … 3, 1 and 3 stay without data
 ACTIVE, IDLE = (0, 2), (1, 3)
+MERGED = 1e-6  # largest difference between two orders of arrival, absolute or relative
 MIN_ROWS = 16  # requests of 8, 1, 3 and all other rows: on both sides of every threshold that an adapter may have
 
 
@@ -329,6 +333,69 @@ def _learns_as_promised(case: _Case) -> None:
         require(applied == case.learns, f"the report says that stream {stream} took {'a' if applied else 'no'} step")
 
 
+def _merging_takes_a_contribution_once(case: _Case) -> None:
+    """A contribution that comes again changes nothing, also where the merged state was stored in between."""
+    merging, (merged, contributions) = case.pipeline.merging(), _contributions(case)
+    for number, each in enumerate(contributions):
+        merged = contribute(merging, merged, each, window=2)
+        stored = Merged.decode(*merged.encode())
+        for again in contributions[: number + 1]:
+            require(contribute(merging, merged, again, window=2) is merged, f"{again[:2]} was taken twice")
+            require(contribute(merging, stored, again, window=2) is stored, f"{again[:2]} was taken twice once stored")
+
+
+def _merging_order_does_not_matter(case: _Case) -> None:
+    """Contributions of the last two intervals give the same state in any order: counts exactly, floats to 1e-6."""
+    start, contributions = _contributions(case)
+    expected = None
+    for order in itertools.islice(itertools.permutations(contributions), 0, None, 5):
+        merged = start
+        for each in order:
+            merged = contribute(case.pipeline.merging(), merged, each, window=2)
+        state = tree.decode(case.pipeline.init(), dict(merged.state))
+        expected = state if expected is None else expected
+        near(f"the state after {[each[:2] for each in order]}", state, expected, MERGED)
+
+
+def _learning_nothing_merges_to_nothing(case: _Case) -> None:
+    """Where nothing was learned, the merged state keeps every bit; so does a state that it is put onto."""
+    merging, (merged, contributions) = case.pipeline.merging(), _contributions(case)
+    for each in contributions:
+        nothing = each._replace(state=each.base, sequence=7)
+        require(contribute(merging, merged, nothing, window=2) is merged, "nothing was learned, and something merged")
+        _same_encoded("the state put onto", rebase(merging, each.state, each.base, each.base), each.state)
+
+
+def _merging_alone_is_exact(case: _Case) -> None:
+    """Where only one replica has learned, the merged state is that replica's, bit for bit; so is the rebased one."""
+    merging, (start, contributions) = case.pipeline.merging(), _contributions(case)
+    own = [each for each in contributions if each.replica == "a"]
+    for window in (0, 2):
+        merged = start
+        for each in own:
+            merged = contribute(merging, merged, each, window=window)
+            _same_encoded(f"the merged state, window {window}", merged.state, each.state)
+    for each in own:
+        _same_encoded("the rebased state", rebase(merging, each.base, each.base, each.state), each.state)
+
+
+def _merging_does_not_overshoot(case: _Case) -> None:
+    """Two replicas that learn the same arrive where one does; counts add, and moments have seen twice as much."""
+    merging, (merged, contributions) = case.pipeline.merging(), _contributions(case)
+    one = contributions[0]
+    for replica in ("a", "b"):
+        merged = contribute(merging, merged, one._replace(replica=replica), window=2)
+    of_evidence = {n for rule in merging.rules if isinstance(rule, Pooled | Fading) for n in rule.leaves}
+    for name, leaf in merged.state.items():
+        alone, base = one.state[name], one.base[name]
+        require(bool(leaf.isfinite().all()), f"{name} is not finite")
+        if leaf.is_floating_point() and name not in of_evidence:
+            near(name, leaf, alone, MERGED)
+        elif not leaf.is_floating_point():
+            as_one, as_two = torch.equal(leaf, alone), torch.equal(leaf, alone + (alone - base))
+            require(as_one or as_two, f"{name} was {base}, each has made {alone} of it, and it is {leaf}")
+
+
 _LAWS: dict[str, Callable[[_Case], None]] = {
     law.__name__.removeprefix("_"): law
     for law in (
@@ -348,9 +415,33 @@ _LAWS: dict[str, Callable[[_Case], None]] = {
         _encoding_keeps_every_bit,
         _device_and_dtype_come_from_tensors,
         _learns_as_promised,
+        _merging_takes_a_contribution_once,
+        _merging_order_does_not_matter,
+        _learning_nothing_merges_to_nothing,
+        _merging_alone_is_exact,
+        _merging_does_not_overshoot,
     )
 }
 LAWS: tuple[str, ...] = tuple(_LAWS)
+
+
+def _contributions(case: _Case) -> tuple[Merged, list[Contribution]]:
+    """A state, and what two replicas make of it in two intervals; each goes on from what it has learned itself."""
+    found = []
+    for replica, requests in (("a", (0, 2)), ("b", (3, 1))):
+        state = tree.row(case.states, 0)
+        for sequence, request in enumerate(requests, start=5):
+            own = case._replace(states=tree.stack([state]))
+            new = tree.row(_adapt(own, requests=[request], streams=(0, 0, 0, 0))[0], 0)
+            found.append(Contribution(replica, sequence, tree.encode(state), tree.encode(new)))
+            state = new
+    return Merged(found[0].base), found
+
+
+def _same_encoded(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    require(found.keys() == expected.keys(), f"{what} has leaves {list(found)}, not {list(expected)}")
+    for name in expected:
+        same(f"{what}.{name}", found[name], expected[name])
 
 
 def _finite(states: Any) -> bool:

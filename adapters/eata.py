@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from adapters import anchors, losses, optim
 from adapters.base import AdapterError, Batch, Groups, Moments, Report, Site, UnsupportedModel
+from adapters.merge_rules import Averages, Pooled, Steps, Totals, discount
+from adapters.merging import Merging
 from adapters.norm import CONTRADICT_MIN_ROWS, Evidence, Modulation, Network, Statistics, pool
 
 MOMENTS_MIN_ROWS = 8  # requests of fewer rows are answered with the stream's statistics alone
@@ -58,6 +60,7 @@ class EATAState(NamedTuple):
     mean: Tensor  # the stream's own statistics, float32 [P]; the source's until something was seen
     var: Tensor  # float32 [P]
     images: Tensor  # images behind `mean` and `var`, capped, float32 []
+    discount: Tensor  # of images so far, by contradiction and by the cap: Σ −ln of the factors, nats, float64 []
     source_images: Tensor  # images that the source's statistics are worth to this stream, float32 []
     class_mix: Tensor  # τ: variance of a request's mean about its stream's, over that between images, float32 []
     marginal: Tensor  # moving mean of the stream's answers, float32 [C]; zeros until it has learned
@@ -159,6 +162,7 @@ class EATA:
             mean=self.network.mean.clone(),
             var=self.network.var.clone(),
             images=self.source_params.new_zeros(()),
+            discount=self.source_params.new_zeros((), dtype=torch.float64),
             source_images=self.source_params.new_full((), self.config.source_images),
             class_mix=self.source_params.new_full((), self.config.class_mix),
             marginal=self.source_params.new_zeros(self.classes),
@@ -176,6 +180,22 @@ class EATA:
     def with_params(self, states: EATAState, params: Tensor) -> EATAState:
         """The same table with other parameters, [S, 2 P]: for guards."""
         return states._replace(params=params)
+
+    def merging(self) -> Merging:
+        """Parameters by the rows that they learned from, statistics by images.
+
+        What the source's statistics are worth is measured anew by every large request: it stays the latest's.
+        """
+        return Merging(
+            (
+                Steps(("params",), by="selected"),
+                Pooled("mean", "var", "images", "discount", self.config.stream_images_max),
+                Averages(("class_mix", "marginal"), by="seen"),
+                Averages(("mean_probs",), by="selected"),
+                Totals(("seen", "reliable", "selected")),
+            ),
+            local=("optimizer.step", "optimizer.first", "optimizer.second"),
+        )
 
     def modulate(self, states: EATAState, rows: Tensor, groups: Groups) -> Modulation:
         """How to answer these requests: what a request gets follows from its own rows and state alone."""
@@ -365,10 +385,13 @@ class EATA:
             doubt = _sum_by_state(of_source, of_group, states.seen) / measured.clamp(min=torch.finfo(total.dtype).tiny)
             source_images = torch.where(measured > 0, most / (1 + most * doubt), source_images)
         pooled = pool(Moments(states.mean, states.var), past, Moments(mean, var), total)
+        capped = (past + total).clamp(max=self.config.stream_images_max)
+        left = past * (capped / (past + total).clamp(min=torch.finfo(total.dtype).tiny))
         return states._replace(
             mean=pooled.mean,
             var=pooled.var,
-            images=(past + total).clamp(max=self.config.stream_images_max),
+            images=capped,
+            discount=states.discount + discount(states.images, left),
             source_images=source_images,
         )
 

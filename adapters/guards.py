@@ -19,6 +19,8 @@ from torch import Tensor
 
 from adapters import losses, optim, tree
 from adapters.base import Batch, Groups, Moments, NormAdapter, Report, Site
+from adapters.merge_rules import Fading
+from adapters.merging import Merging
 from adapters.norm import Modulation
 
 S = TypeVar("S")
@@ -165,6 +167,15 @@ class Guarded:
         new = self.adapter.absorb(states.inner, rows, groups, moments)
         finite = tree.finite_rows(new, len(states.none_selected), states.none_selected.device)
         return states._replace(inner=tree.where(finite, new, states.inner))
+
+    def merging(self) -> Merging:
+        """The adapter's rules, and the comparison's means by the rows that were compared.
+
+        Runs of rows without a choice are the latest contribution's: where one replica alone is stuck, its run goes on.
+        """
+        names = ("compared.adapted", "compared.frozen", "compared.adapted_entropy", "compared.frozen_entropy")
+        compared = Fading(names, rows="compared.rows", memory_rows=self.config.memory_rows)
+        return self.adapter.merging().below("inner").joined(Merging((compared,)))
 
     def adapt(self, states: GuardedState, rows: Tensor, batch: Batch) -> tuple[GuardedState, Report]:
         count, device = len(states.none_selected), states.none_selected.device

@@ -71,7 +71,7 @@ class Keys:
     def __init__(self, prior: KeysPrior, config: KeysConfig) -> None:
         self.prior = prior
         self.config = config
-        self._projection = _projection(prior.components, config)  # [D, C·k]
+        self.projection = _projection(prior.components, config)  # [D, C·k]
         self._halves = tuple(_half(centres) for centres in prior.centres)
 
     @property
@@ -92,7 +92,7 @@ class Keys:
         return torch.cat(parts) if parts else features.new_zeros(0, self.config.codebooks, dtype=torch.int16)
 
     def _encode(self, features: Tensor) -> Tensor:
-        points = _points(self.prior.components, self._projection, features, self.config)
+        points = _points(self.prior.components, self.projection, features, self.config)
         cells = torch.zeros(points.shape[:2], dtype=torch.int64, device=points.device)
         for centres, half, branch in zip(self.prior.centres, self._halves, self.config.branches, strict=True):
             cells = _nearest_child(points, cells, centres, half, branch)

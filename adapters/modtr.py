@@ -20,6 +20,8 @@ from adapters import optim, tree
 from adapters.base import Batch, Groups, Report, Site, UnsupportedModel
 from adapters.detection import Boxes, DetectionLoss
 from adapters.guards import GuardConfig, Trip, cap_displacement, cap_step
+from adapters.merge_rules import Steps, Totals
+from adapters.merging import Merging
 from adapters.norm import Modulation, Network, Statistics
 from adapters.translator import Translator, weights
 
@@ -100,6 +102,13 @@ class ModTr:
         """The same table with other parameters, [S, 2 P]: for guards."""
         scale, shift = params.chunk(2, dim=1)
         return states._replace(scale=scale.contiguous(), shift=shift.contiguous())
+
+    def merging(self) -> Merging:
+        """Scale and shift by the steps that moved them."""
+        return Merging(
+            (Steps(("scale", "shift"), by="steps"), Totals(("steps",))),
+            local=("optimizer.step", "optimizer.first", "optimizer.second"),
+        )
 
     def transform(self, states: ModTrState, rows: Tensor, x: Tensor) -> Tensor:
         """Translate each row with its stream's scale and shift.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import Batch, Groups, Moments, Report, Site
+from adapters.merging import Merging
 from adapters.norm import Modulation, Network, Statistics
 
 
@@ -44,6 +45,10 @@ class Source:
 
     def absorb(self, states: SourceState, rows: Tensor, groups: Groups, moments: Moments) -> SourceState:  # noqa: ARG002
         return states
+
+    def merging(self) -> Merging:
+        """Nothing is learned, and nothing merged."""
+        return Merging()
 
     def adapt(self, states: SourceState, rows: Tensor, batch: Batch) -> tuple[SourceState, Report]:  # noqa: ARG002
         return states, Report.empty(int(rows.max()) + 1 if rows.numel() else 0, rows.device)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,82 @@ STOP_MAX_S = 60.0
 LOG_LINES = 15  # of the server's log, in an error
 
 
-@contextmanager
-def own_server(models: Sequence[dict[str, Any]], *, start_max_s: float = START_MAX_S) -> Iterator[str]:
-    """Run `tta-serve up` for the length of the block.
+class OwnServer:
+    """`tta-serve up` on a free port; it can be started again, and finds what it has stored.
 
     Args:
         models: the entries of `models:` in its configuration; paths must be absolute.
+        folder: where it runs: whatever it keeps under a relative path lies there.
+        settings: of the configuration's other sections, by section.
+        environment: variables of the server's own, beside this process's.
+
+    Raises:
+        MissingTool: the command is not installed beside this interpreter.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[dict[str, Any]],
+        folder: Path,
+        settings: Mapping[str, dict[str, Any]] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = (
+            Path(sys.executable).parent / "tta-serve"
+        )  # not resolved: the link in a virtual environment counts
+        if not self._command.is_file():
+            raise MissingTool(
+                f"{self._command} does not exist: pip install the repository (pip install -e .), or give --url"
+            )
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None  # leads the session of all its processes
+        self._environment = {**(environment or {}), "PYTHONPATH": _python_path()}
+        self._models = [str(model["name"]) for model in models]
+        self._config = folder / "config.yaml"
+        self._log = folder / "server.log"
+        content = {**(settings or {}), "http": {"host": "127.0.0.1", "port": port}, "models": list(models)}
+        self._config.write_text(yaml.safe_dump(content))
+
+    def start(self, max_s: float = START_MAX_S) -> None:
+        """Start it, and wait until it is ready.
+
+        Raises:
+            ServerFailed: it ended, or was not ready in time.
+        """
+        with self._log.open("ab") as written:
+            self.process = subprocess.Popen(
+                [str(self._command), "up", str(self._config)],
+                cwd=self.folder,
+                env=os.environ | self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this script alone, which then stops the server
+            )
+        _wait_until_ready(self.process, self.url, self._models, self._log, max_s)
+
+    def stop(self) -> None:
+        """Stop it as a user does. Nothing happens where it does not run."""
+        if self.process is not None:
+            _stop(self.process)
+
+
+@contextmanager
+def own_server(
+    models: Sequence[dict[str, Any]],
+    *,
+    settings: Mapping[str, dict[str, Any]] | None = None,
+    environment: Mapping[str, str] | None = None,
+    start_max_s: float = START_MAX_S,
+) -> Iterator[str]:
+    """Run `tta-serve up` for the length of the block.
+
+    Args:
+        models: see `OwnServer`, and so are `settings` and `environment`.
+        settings: of the configuration's other sections, by section.
+        environment: variables of the server's own, beside this process's.
         start_max_s: it must be ready by then.
 
     Yields:
@@ -38,31 +108,14 @@ def own_server(models: Sequence[dict[str, Any]], *, start_max_s: float = START_M
         MissingTool: the command is not installed beside this interpreter.
         ServerFailed: it ended, or was not ready in time.
     """
-    command = Path(sys.executable).parent / "tta-serve"  # not resolved: the link in a virtual environment counts
-    if not command.is_file():
-        raise MissingTool(f"{command} does not exist: pip install the repository (pip install -e .), or give --url")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     # the server runs inside the folder: whatever it keeps under a relative path goes away with it
     with tempfile.TemporaryDirectory(prefix="tta-loadtest-", ignore_cleanup_errors=True) as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(yaml.safe_dump({"http": {"host": "127.0.0.1", "port": port}, "models": list(models)}))
-        log = Path(folder) / "server.log"
-        with log.open("wb") as written:
-            process = subprocess.Popen(
-                [str(command), "up", str(config)],
-                cwd=folder,
-                env=os.environ | {"PYTHONPATH": _python_path()},
-                stdin=subprocess.DEVNULL,
-                stdout=written,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this script alone, which then stops the server
-            )
+        server = OwnServer(models, Path(folder), settings, environment)
         try:
-            _wait_until_ready(process, url, [str(model["name"]) for model in models], log, start_max_s)
-            yield url
+            server.start(start_max_s)
+            yield server.url
         finally:
-            _stop(process)
+            server.stop()
 
 
 def free_port() -> int:

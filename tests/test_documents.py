@@ -54,7 +54,7 @@ KEYS = [(name, key) for name, model in ALL_SETTINGS.items() for key in model.mod
 
 
 def test_the_settings_are_found() -> None:
-    assert len(ALL_SETTINGS) == 19
+    assert len(ALL_SETTINGS) == 20
     assert ("EATASettings", "class_mix") in KEYS
 
 

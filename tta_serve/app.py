@@ -18,11 +18,17 @@ from typing import Any
 import httpx
 
 from tta_serve import bodylimit
-from tta_serve.config import Config, Tokens, read_tokens
+from tta_serve import config as configs
+from tta_serve.config import Config, ModelSettings, Tokens, read_tokens
 from tta_serve.errors import ConfigError, Unavailable
-from tta_serve.runfolder import RunFolder, ServerStatus
+from tta_serve.runfolder import RunFolder, ServerStatus, Update
+
+log = logging.getLogger(__name__)
 
 FRONT = "front"
+FLUSH_S = 15.0
+CPUS = 1024  # of Ray's books
+POLL_S = 0.1
 START_TIMEOUT_S = 1800.0  # a Fisher diagonal of a large model on a CPU takes many minutes
 
 
@@ -39,27 +45,34 @@ def build(config: Config, tokens: Tokens) -> list[tuple[str, str, Any]]:
 
     names = [model.name for model in config.models]
 
-    def deployment(cls: type, name: str, ongoing: int, cpus: float) -> Any:
+    def deployment(cls: type, name: str, ongoing: int, cpus: float, **replicas: Any) -> Any:
         return serve.deployment(serve.ingress()(cls)).options(
             name=name,
-            num_replicas=1,
+            max_surge_percent=100,  # the old replica answers until the new one does
+            **replicas,
             # above what our own queue holds, so that a full server answers with our 429 and not with Ray's silence
             max_ongoing_requests=ongoing,
-            graceful_shutdown_timeout_s=5,
+            graceful_shutdown_timeout_s=FLUSH_S,  # within which a replica gives the store what it does not have
             graceful_shutdown_wait_loop_s=0.1,
             max_constructor_retry_count=1,  # a constructor that fails will fail again
             ray_actor_options={"num_cpus": cpus},
         )
 
-    folder = RunFolder(config.http.port)
-    applications = [(FRONT, "/", deployment(FrontReplica, FRONT, 1000, 0).bind(names, tokens))]
+    store = config.store.absolute  # replicas run in folders of their own
+    applications = [(FRONT, "/", deployment(FrontReplica, FRONT, 1000, 0, num_replicas=1).bind(names, tokens))]
     for model in config.models:
         ongoing = model.batching.queue_rows + model.batching.rows_max + 1000
-        states = str(folder.path / "states" / model.name)
-        replica = deployment(ModelReplica, model.name, ongoing, 1)
-        bound = replica.bind(model, config.limits, tokens, len(names), states, str(config.store.path.absolute()))
+        replica = deployment(ModelReplica, model.name, ongoing, 1, **_replicas(model))
+        bound = replica.bind(model, config.limits, tokens, len(names), store)
         applications.append((app_name(model.name), f"/v2/models/{model.name}", bound))
     return applications
+
+
+def _replicas(model: ModelSettings) -> dict[str, Any]:
+    """How many, in Ray Serve's words."""
+    if model.autoscaling is None:
+        return {"num_replicas": model.replicas}
+    return {"num_replicas": None, "autoscaling_config": model.autoscaling.model_dump()}
 
 
 def run(
@@ -92,9 +105,13 @@ def run(
             if not stopping.is_set():
                 _wait_for_http(status.url, progress, stopping)
             if not stopping.is_set():
-                folder.write(status._replace(phase="ready"))
+                status = status._replace(phase="ready")
+                folder.write(status)
                 on_ready(status)
-            stopping.wait()
+            while not stopping.wait(POLL_S):
+                if (update := folder.take_update(status)) is not None:
+                    config, status = _update(config, status, update, folder, progress, stopping)
+                    folder.write(status)
             clean = True
         except (ConfigError, Unavailable) as error:
             folder.write(status._replace(phase="failed", message=str(error)))
@@ -104,6 +121,56 @@ def run(
             _shut_down()
             if clean:
                 folder.remove()
+
+
+def _update(
+    present: Config,
+    status: ServerStatus,
+    update: Update,
+    folder: RunFolder,
+    progress: Callable[[str], None],
+    stopping: threading.Event,
+) -> tuple[Config, ServerStatus]:
+    """Go over to another configuration, replica by replica; where one does not start, back to the present one.
+
+    Returns:
+        The configuration that is served now, and what to say of it.
+    """
+    done = status._replace(update=update.id, message="")
+    try:
+        if update.folder != str(Path.cwd()):
+            raise ConfigError(f"the server runs in {Path.cwd()}: paths would mean others; run `tta-serve up` there")
+        config = configs.load(Path(update.config))
+        check_update(present, config)
+        applications = build(config, read_tokens(config.auth))
+        before = build(present, read_tokens(present.auth))
+    except ConfigError as error:
+        return present, done._replace(message=str(error))
+    folder.write(status._replace(phase="updating"))
+    names = tuple(model.name for model in config.models)
+    old = {model.name for model in present.models}
+    try:
+        _deploy(applications)
+        _wait_for_replicas([name for name, _, _ in applications], folder.path, progress, stopping)
+    except Exception as error:  # whatever Ray raises: the server goes on
+        log.exception("the update to %s failed", update.config)
+        _deploy(before)
+        _remove(set(names) - old)
+        return present, done._replace(message=f"{error} (the server goes on with {status.config})")
+    _remove(old - set(names))
+    return config, done._replace(config=update.config, models=names)
+
+
+def check_update(present: Config, wanted: Config) -> None:
+    """Raise ConfigError where a running server cannot go over to this configuration."""
+    fixed = {
+        "http.host": (present.http.host, wanted.http.host),
+        "http.port": (present.http.port, wanted.http.port),
+        "limits.body_bytes": (present.limits.body_bytes, wanted.limits.body_bytes),
+        "store.path": (present.store.path, wanted.store.path),
+    }
+    if changed := [name for name, (old, new) in fixed.items() if old != new]:
+        raise ConfigError(f"{', '.join(changed)}: fixed while a server runs; `tta-serve down`, and `up` again")
 
 
 def check_port(host: str, port: int) -> None:
@@ -128,6 +195,7 @@ def _set_environment(config: Config, folder: Path) -> None:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": bodylimit.HOOK,
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # 5 s kills a proxy that starts on a busy machine
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # three failures replace HAProxy; with 10 it was away for 30 s
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
@@ -168,20 +236,18 @@ def _start(
     applications = build(config, tokens)
     import ray
     from ray import serve
-    from ray.serve.api import RunTarget
     from ray.serve.config import HTTPOptions, ProxyLocation
-    from ray.serve.schema import LoggingConfig
 
     progress("starting Ray")
     _send_ray_messages_to(folder / "ray-messages.log")
-    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     try:
         ray.init(
             address="local",  # always a private one: nobody else's Ray is used, or stopped later
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            num_cpus=len(applications) + 1,  # replicas plan their own threads; Ray only has to let them start
+            # replicas plan their own threads; Ray only has to let them start, old and new side by side
+            num_cpus=CPUS,
             object_store_memory=100 * 2**20,  # nothing large travels through Ray
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder / "ray"),
@@ -198,21 +264,44 @@ def _start(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = HTTPOptions(host=config.http.host, port=config.http.port, request_timeout_s=None, keep_alive_timeout_s=75)
     try:
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
     except Exception as error:
         if stopping.is_set():
             return
         raise Unavailable(f"HAProxy did not start on port {config.http.port}: {_last_line(str(error))}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _deploy(applications)
+    _wait_for_replicas([name for name, _, _ in applications], folder, progress, stopping)
+
+
+def _quiet() -> Any:
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+def _deploy(applications: list[tuple[str, str, Any]]) -> None:
+    """Tell Ray Serve what shall run; it replaces what differs."""
+    from ray import serve
+    from ray.serve.api import RunTarget
+
     serve.run_many(
         [
-            RunTarget(target=app, name=name, route_prefix=prefix, logging_config=quiet)
+            RunTarget(target=app, name=name, route_prefix=prefix, logging_config=_quiet())
             for name, prefix, app in applications
         ],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    _wait_for_replicas([name for name, _, _ in applications], folder, progress, stopping)
+
+
+def _remove(models: set[str]) -> None:
+    from ray import serve
+
+    from tta_serve.replica import app_name
+
+    for model in models:
+        serve.delete(app_name(model))
 
 
 def _wait_for_replicas(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tta_serve.box_lessons import Shown, Taught
 from tta_serve.config import RGB
 from tta_serve.detection import DetectionEngine
-from tta_serve.errors import InvalidInput, NotFound, Overloaded, TooLarge
+from tta_serve.errors import Forbidden, InvalidInput, NotFound, Overloaded, TooLarge
 from tta_serve.feedback import Feedback, check_boxes
 from tta_serve.metrics import Metrics
 from tta_serve.modalities import Modality, described
@@ -210,6 +210,7 @@ class BoxService(ModelService):
         self.check_running()
 
         def put() -> Modality:
+            self._check_alone()
             modality = self.engine.put(name, content)
             self._replace(name, modality)
             return modality
@@ -224,7 +225,20 @@ class BoxService(ModelService):
             Unavailable: the service is not running.
         """
         self.check_running()
-        await self._on(self._teacher, lambda: self._replace(name, None))
+
+        def delete() -> None:
+            self._check_alone()
+            self._replace(name, None)
+
+        await self._on(self._teacher, delete)
+
+    def _check_alone(self) -> None:
+        """Raise while other replicas live: they would go on with other translators, and other states."""
+        if self.sync is not None and self.sync.others():
+            raise Forbidden(
+                "several replicas live, and each has the translators of the configuration file; change that, and run "
+                "`tta-serve up` again"
+            )
 
     def _replace(self, name: str, modality: Modality | None) -> None:
         """In the thread that learns, while the thread that predicts is at it: neither does anything else meanwhile."""

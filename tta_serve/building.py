@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,15 @@ from adapters.drift import Drift, drift_prior
 from adapters.forgetting import Forgetting, Probe, unlabelled_probe
 from adapters.open_set import OpenSet
 from tta_serve import models, pipelines
-from tta_serve.config import ModelSettings
+from tta_serve.config import ModelSettings, StoreSettings
 from tta_serve.engine import Engine, cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError
 from tta_serve.head_building import build_heads
+from tta_serve.metrics import Metrics
 from tta_serve.models import LoadedModel
 from tta_serve.monitor import Monitor
-from tta_serve.private import make_private
 from tta_serve.runtime import build_runtime
-from tta_serve.snapshots import Folder
+from tta_serve.store_building import build_durable, generation_of, label_folder
 
 DRIFT_IMAGES = 512  # of the source; their moments are all in memory for a moment
 PROBE_IMAGES = 256  # forgetting is measured while the server learns, and its budget pays
@@ -30,18 +31,18 @@ BATCH = 64
 def build_engine(
     settings: ModelSettings,
     models_on_node: int = 1,
-    folder: Path | None = None,
-    store: Path | None = None,
+    store: StoreSettings | None = None,
     tenants: frozenset[str] = frozenset(),
+    metrics: Metrics | None = None,
 ) -> tuple[Engine, LoadedModel]:
     """Load the model and make ready to serve it.
 
     Args:
         settings: of the model.
         models_on_node: how many models share the cores.
-        folder: where states are written out; None: they are kept in memory.
-        store: where what was told lies; only a model with kv_bottleneck needs one.
+        store: where states live, and what was told lies; None: states live in memory, and kv_bottleneck cannot be.
         tenants: whose streams share no labels with others'.
+        metrics: of the replica; None: nobody looks at them.
 
     Raises:
         ConfigError: the model, its adapter, its device, its prior or its probe cannot be had.
@@ -57,15 +58,22 @@ def build_engine(
         if settings.adapter.kv_bottleneck:
             if store is None:
                 raise ConfigError(f"models.{settings.name}: kv_bottleneck needs store.path")
-            fusion, heads = build_heads(settings, model, pipeline.network, store, tenants)
+            folder = label_folder(store, settings.name)
+            fusion, heads = build_heads(settings, model, pipeline.network, folder, tenants)
             pipeline = Pipeline(pipeline.network, norm=pipeline.norm, head=fusion)
         open_set = _open_set(settings, model, pipeline) if settings.open_set else None
     finally:
         torch.set_num_threads(before)
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
     runtime = build_runtime(settings.runtime, pipeline.network, model.input.shape, settings.batching.rows_max, threads)
-    if folder is not None:
-        make_private(folder)
+    durable = build_durable(
+        settings,
+        store,
+        metrics or Metrics(settings.name, "replica"),
+        generation_of(pipeline.network.model.state_dict(), _meaning(settings)),
+        pipeline.init()._replace(head=()),
+        pipeline.merging(),
+    )
     engine = Engine(
         pipeline,
         device,
@@ -73,7 +81,7 @@ def build_engine(
         threads,
         resident=settings.streams.resident,
         new_per_minute=settings.streams.new_per_minute,
-        snapshots=None if folder is None else Folder(folder),
+        durable=durable,
         monitor=monitor,
         batch_streams_max=settings.batching.rows_max,
         runtime=runtime,
@@ -91,6 +99,11 @@ def build_engine(
     finally:
         torch.set_num_threads(before)
     return engine, model
+
+
+def _meaning(settings: ModelSettings) -> dict[str, Any]:
+    """Of the settings, what gives a stream's state its meaning: labels are kept elsewhere."""
+    return settings.adapter.model_dump(mode="json", include={"eata", "source"})
 
 
 def build_monitor(settings: ModelSettings, model: LoadedModel, pipeline: Pipeline) -> Monitor | None:

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from tta_serve import __version__, config, runfolder
 from tta_serve.errors import ConfigError, TTAError
 from tta_serve.runfolder import RunFolder, ServerStatus
+from tta_serve.state_cli import state
 from tta_serve.train_translator_cli import train_translator
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -54,8 +55,11 @@ def up(
     config_file: ConfigFile,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the server is ready; `down` stops it.")] = False,
 ) -> None:
-    """Start a server and stay until Ctrl-C."""
+    """Start a server and stay until Ctrl-C; where one runs on that port, let it go over to this configuration."""
     settings = config.load(config_file)
+    if (folder := RunFolder(settings.http.port)).alive():
+        show_ready(update_running(folder, config_file))
+        return
     if detach:
         show_ready(start_detached(config_file, settings.http.port))
         return
@@ -192,6 +196,7 @@ def _play(url: str, model: str, draws: int, picture: Path | None) -> bool:
 
 
 app.command("train-translator")(train_translator)
+app.add_typer(state, name="state")
 
 
 @app.command()
@@ -207,6 +212,29 @@ def show_ready(server: ServerStatus) -> None:
         out.print(f"  predict  POST {server.url}/v2/models/{name}/predict", highlight=False, soft_wrap=True)
     for what, path in (("docs", "/docs"), ("metrics", "/metrics")):
         out.print(f"  {what:<8} {server.url}{path}", highlight=False, soft_wrap=True)
+
+
+def update_running(folder: RunFolder, config_file: Path) -> ServerStatus:
+    """Let a running server go over to another configuration, replica by replica, and wait until it has.
+
+    Raises:
+        ConfigError: it cannot, and goes on as it was; the message is the server's own.
+    """
+    before = folder.read()
+    if before is None or before.phase != "ready":
+        doing = before.phase if before else "starting"
+        raise ConfigError(f"the server on port {folder.port} is {doing}; wait until it is ready")
+    update = folder.ask_for(config_file)
+    with err.status(f"updating {before.url}"):
+        until_s = time.monotonic() + START_WAIT_S
+        while time.monotonic() < until_s and folder.alive():
+            server = folder.read()
+            if server and server.update == update.id and server.phase == "ready":
+                if server.message:
+                    raise ConfigError(server.message)
+                return server
+            time.sleep(0.1)
+    raise ConfigError(f"{before.url} did not go over to {config_file}; its log is {folder.log}")
 
 
 def start_detached(config_file: Path, port: int) -> ServerStatus:

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -27,6 +28,7 @@ MODALITY_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 DETECTORS = ("fasterrcnn_", "fcos_", "retinanet_", "ssd300_", "ssdlite320_")  # of torchvision, by how names begin
 CELLS_MAX = 2**20  # keys of all codebooks: each class has a value for each, 4 bytes
 KEYS_MAX = 2**15  # of a codebook: their ids are kept in 16 bits
+STORE_SCHEMES = ("s3", "gs", "az")  # of object stores
 RGB = "rgb"  # the modality that needs no translator
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # a stream's, without the ':' that ends the prefix
 
@@ -318,6 +320,22 @@ class StreamSettings(Settings):
     new_per_minute: Count = 600
 
 
+class AutoscalingSettings(Settings):
+    """How many replicas there are, as Ray Serve decides by the requests under way."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(16, gt=0)  # of one replica
+    upscale_delay_s: float = Field(30, ge=0)  # that there must be too many for
+    downscale_delay_s: float = Field(600, ge=0)
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> "AutoscalingSettings":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
 class ModelSettings(Settings):
     """One model and everything around it."""
 
@@ -329,6 +347,7 @@ class ModelSettings(Settings):
     labels: tuple[str, ...] | None = None
     prior: File | None = None  # .safetensors with `fisher`, or .npz with source `images`, uint8 [N, H, W, 3]
     replicas: int = Field(1, ge=1)
+    autoscaling: AutoscalingSettings | None = None  # in place of `replicas`
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     runtime: Literal["eager", "compile"] = "eager"  # of predictions; compiling takes minutes at the first start
     threads: Literal["auto"] | Count = "auto"  # of one forward on the CPU
@@ -342,11 +361,21 @@ class ModelSettings(Settings):
     batching: BatchingSettings = BatchingSettings()
     streams: StreamSettings = StreamSettings()
 
+    @property
+    def replicas_max(self) -> int:
+        """How many replicas there may be."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelSettings":
-        if self.replicas != 1:
+        if self.autoscaling and "replicas" in self.model_fields_set:
+            raise ValueError("give either replicas or autoscaling")
+        if self.replicas_max > 1 and self.adaptation.mode == "sync":
+            raise ValueError(f"adaptation.mode: sync is one replica's protocol, and there are {self.replicas_max}")
+        if self.replicas_max > 1 and self.adapter.modtr and self.adapter.modtr.shares:
             raise ValueError(
-                f"replicas: {self.replicas} need a durable store that they share, which is not built yet; use 1"
+                "replicas: what feedback teaches the weights that a modality's streams share stays in one replica, and "
+                f"there are {self.replicas_max}; set adapter: {{modtr: {{learns: stream}}}}"
             )
         if self.source.builtin and self.weights:
             raise ValueError("a built-in model brings its own weights; remove `weights`")
@@ -421,9 +450,31 @@ def _is_path(weights: str) -> bool:
 
 
 class StoreSettings(Settings):
-    """Where what users told the server lies."""
+    """Where states live, and what users told the server lies."""
 
-    path: Path = Path("tta-state")  # a folder, made when it is needed: labels that were told, and the keys they hang on
+    path: str = Field("tta-state", min_length=1)  # a folder on a disk of this machine, or s3://BUCKET/FOLDER, gs://…
+    sync_interval_s: float = Field(1.0, ge=0.05, le=3600)  # what a replica learned since is lost when it is killed
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
+
+    @property
+    def absolute(self) -> "StoreSettings":
+        """The same from whatever folder it is looked at."""
+        return self if self.is_url else self.model_copy(update={"path": str(self.folder.absolute())})
+
+    @field_validator("path")
+    @classmethod
+    def _has_a_known_scheme(cls, path: str) -> str:
+        scheme, found, _ = path.partition("://")
+        if found and scheme not in STORE_SCHEMES:
+            raise ValueError(f"{scheme}:// is not a place for states; give a folder, or {', '.join(STORE_SCHEMES)}://…")
+        return path
 
 
 class Config(Settings):
@@ -440,6 +491,15 @@ class Config(Settings):
         names = [model.name for model in self.models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_lie_in_a_folder(self) -> "Config":
+        telling = [model.name for model in self.models if model.adapter.kv_bottleneck]
+        if self.store.is_url and telling:
+            raise ValueError(
+                f"store.path: the model {telling[0]} learns from labels, which are kept in a file; give a folder"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,18 +15,19 @@ from torch import Tensor
 from adapters import PipelineState
 from adapters.detection import Detections
 from adapters.guards import Guarded
+from adapters.merging import Merging
 from adapters.translator import with_channels
 from tta_serve import modalities, translators
 from tta_serve.aligning import Aligner
 from tta_serve.box_lessons import BoxLearner
 from tta_serve.config import RGB, ModTrSettings
 from tta_serve.detectors import Detector, Size
+from tta_serve.durable import Durable
 from tta_serve.engine import AnswerKind, to_unit
 from tta_serve.errors import InvalidInput, NotFound
 from tta_serve.lessons import Lesson
 from tta_serve.modalities import Modalities, Modality
-from tta_serve.snapshots import Snapshots
-from tta_serve.states import States, row_of
+from tta_serve.states import States
 from tta_serve.streams import StreamRecord
 
 MODALITIES_MAX = 16  # a stream has a state for each
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     translator_versions: tuple[int, ...]  # of the weights that this translator had; 0 without one
     version: int  # of the state that answered
     incarnation: int
+    unsynced: int = 0  # of the version's changes, those that the store does not have
     lessons: tuple[Lesson, ...] = ()  # what was looked at, to align with; none without such an adapter
 
 
@@ -65,7 +67,7 @@ class DetectionEngine:
         digest: of the detector's weights.
         threads: of one forward on the CPU.
         norm: adapts the detector's own normalisation layers, stream by stream; None: nothing does.
-        streams_max, resident, new_per_minute, snapshots: see `States`.
+        streams_max, resident, new_per_minute, durable: see `States`.
         batch_streams_max: streams of one forward.
     """
 
@@ -81,7 +83,7 @@ class DetectionEngine:
         streams_max: int,
         resident: int = 1024,
         new_per_minute: int | None = None,
-        snapshots: Snapshots | None = None,
+        durable: Durable | None = None,
         batch_streams_max: int = 64,
     ) -> None:
         self.detector = detector
@@ -91,11 +93,11 @@ class DetectionEngine:
         self._modalities = Modalities(translators)
         self._norm = norm
         self.streams = States(
-            _init(translators, norm),
+            init_of(translators, norm),
             streams_max=streams_max,
             resident=resident,
             new_per_minute=new_per_minute,
-            snapshots=snapshots,
+            durable=durable,
             answering_max=batch_streams_max,
             on_end=self._end_life,
         )
@@ -166,7 +168,9 @@ class DetectionEngine:
 
         what = "deleted" if modality is None else "replaced" if name in old else "added"
         with self._stepping:
-            self.streams.restructure(_init(known, self._norm), migrate, f"translator {name} {what}")
+            self.streams.restructure(
+                init_of(known, self._norm), migrate, f"translator {name} {what}", merging_of(known, self._norm)
+            )
             self._modalities.present = known
 
     # -- predict ------------------------------------------------------------------------------------------------------
@@ -200,6 +204,7 @@ class DetectionEngine:
                 tuple(versions[name] for name in used[i]),
                 record.version,
                 record.incarnation,
+                record.unsynced,
                 lessons[i],
             )
             for i, record in enumerate(records)
@@ -212,7 +217,7 @@ class DetectionEngine:
 
     def _take_in(self, image: Tensor, modality: str, record: StreamRecord) -> "_Image":
         x = to_unit(image.to(self.device, non_blocking=True))
-        return _Image(self.detector.prepare(x), (x.shape[-2], x.shape[-1]), modality, row_of(record))
+        return _Image(self.detector.prepare(x), (x.shape[-2], x.shape[-1]), modality, record.row)
 
     def _unseen(self, sights: Sequence[Sight], seen: Sequence[Sequence["_Image"]]) -> set[int]:
         """Places among all images of those whose translation nobody asks for."""
@@ -312,6 +317,14 @@ class _Queued(NamedTuple):
     row: int  # of its stream; 0: as the detector was trained
 
 
-def _init(known: Mapping[str, Modality], norm: Guarded | None) -> PipelineState:
+def init_of(known: Mapping[str, Modality], norm: Guarded | None) -> PipelineState:
     """The state of a stream that has learned nothing: one for every modality, since a camera may have two."""
     return PipelineState(tuple(modality.modtr.init() for modality in known.values()), norm.init() if norm else (), ())
+
+
+def merging_of(known: Mapping[str, Modality], norm: Guarded | None) -> Merging:
+    """What the leaves of these states mean where several replicas change them."""
+    merging = norm.merging().below("norm") if norm else Merging()
+    for place, modality in enumerate(known.values()):
+        merging = merging.joined(modality.modtr.merging().below(f"input.{place}"))
+    return merging

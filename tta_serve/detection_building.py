@@ -1,24 +1,25 @@
 """From settings to a detection engine: the detector, its translators and their probes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapters import AdapterError, Alignment, AlignmentConfig, alignment_prior
+from adapters import AdapterError, Alignment, AlignmentConfig, alignment_prior, tree
 from adapters.guards import GuardConfig, Guarded
 from tta_serve import coco, detector_models, modalities, pipelines, translators
 from tta_serve.builtin import scenes
-from tta_serve.config import RGB, AlignmentSettings, ModelSettings, ModTrSettings
-from tta_serve.detection import DetectionEngine, Sight
+from tta_serve.config import RGB, AlignmentSettings, ModelSettings, ModTrSettings, StoreSettings
+from tta_serve.detection import DetectionEngine, Sight, init_of, merging_of
 from tta_serve.detector_models import LoadedDetector
 from tta_serve.detectors import NO_BACKBONE, TRIAL_PIXELS
 from tta_serve.engine import cores, pick_device, plan_threads, to_unit
 from tta_serve.errors import ConfigError, InvalidInput
+from tta_serve.metrics import Metrics
 from tta_serve.modalities import Modality, Probe
-from tta_serve.private import make_private
-from tta_serve.snapshots import Folder
+from tta_serve.store_building import build_durable, generation_of
 
 SOURCE_IMAGES = 512  # whose feature maps are measured when a server starts …
 SOURCE_BATCH = 16  # … in batches of so many
@@ -28,14 +29,18 @@ TRIAL_STREAM = "trial"
 
 
 def build_detection_engine(
-    settings: ModelSettings, models_on_node: int = 1, folder: Path | None = None
+    settings: ModelSettings,
+    models_on_node: int = 1,
+    store: StoreSettings | None = None,
+    metrics: Metrics | None = None,
 ) -> tuple[DetectionEngine, LoadedDetector]:
     """Load the detector and its translators and make ready to serve them.
 
     Args:
         settings: of the model.
         models_on_node: how many models share the cores.
-        folder: where states are written out; None: they are kept in memory.
+        store: where states live; None: in memory.
+        metrics: of the replica; None: nobody looks at them.
 
     Raises:
         ConfigError: the detector, its device, a translator or a probe cannot be had.
@@ -53,8 +58,14 @@ def build_detection_engine(
         }
     norm = None if settings.adapter.alignment is None else _alignment(settings, settings.adapter.alignment, loaded)
     threads = plan_threads(cores(), models_on_node) if settings.threads == "auto" else settings.threads
-    if folder is not None:
-        make_private(folder)
+    durable = build_durable(
+        settings,
+        store,
+        metrics or Metrics(settings.name, "replica"),
+        _generation(settings, loaded, known),
+        init_of(known, norm),
+        merging_of(known, norm),
+    )
     engine = DetectionEngine(
         loaded.detector,
         known,
@@ -65,11 +76,17 @@ def build_detection_engine(
         streams_max=settings.streams.max,
         resident=settings.streams.resident,
         new_per_minute=settings.streams.new_per_minute,
-        snapshots=None if folder is None else Folder(folder),
+        durable=durable,
         batch_streams_max=settings.batching.rows_max,
     )
     _try(settings, engine)
     return engine, loaded
+
+
+def _generation(settings: ModelSettings, loaded: LoadedDetector, known: Mapping[str, Modality]) -> str:
+    """What gives a stream's state its meaning: the detector, the translators, and the adapters' settings."""
+    files = {name: tree.digest(tuple(modality.file.weights.values())) for name, modality in known.items()}
+    return generation_of({}, loaded.digest, files, settings.adapter.model_dump(mode="json"))
 
 
 def _alignment(settings: ModelSettings, chosen: AlignmentSettings, loaded: LoadedDetector) -> Guarded:
@@ -132,8 +149,9 @@ def _try(settings: ModelSettings, engine: DetectionEngine) -> None:
     names = (RGB, *engine.modalities)
     blank = torch.zeros(3, TRIAL_PIXELS, TRIAL_PIXELS, dtype=torch.uint8)
     try:
+        engine.streams.lease_until_s = -math.inf  # a trial begins no stream, wherever streams live
         engine.predict([Sight((blank,) * len(names), names, TRIAL_STREAM)])
-        engine.streams.delete(TRIAL_STREAM)
+        engine.streams.lease_until_s = math.inf
     except Exception as error:
         raise ConfigError(
             f"models.{settings.name}: the model loads, but a trial of looking fails: {type(error).__name__}: {error}"

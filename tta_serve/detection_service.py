@@ -39,7 +39,8 @@ class Prediction(NamedTuple):
     frozen_detections: tuple[Detections, ...] | None
     routing: tuple[Routing, ...]
     sizes: tuple[tuple[int, int], ...]  # height, width of each image
-    version: int
+    version: str  # `ModelService.version_text`
+    incarnation: int = 0  # of the stream; 0: the frozen model answered for it
 
     @property
     def adapted(self) -> bool:
@@ -91,6 +92,7 @@ class DetectionService(BoxService):
         self._batcher.start()
         if self._learner:
             self._learner.start()
+        await self.start_syncing()
         self._running = True
 
     async def stop(self) -> None:
@@ -99,8 +101,10 @@ class DetectionService(BoxService):
         await asyncio.to_thread(self._teacher.shutdown, cancel_futures=True)
         if self._learner:
             await asyncio.to_thread(self._learner.stop)
+        await self.stop_syncing()
         self._device.shutdown()
         self._decoders.shutdown()
+        self._store_threads.shutdown()
 
     @property
     def waiting_rows(self) -> int:
@@ -117,8 +121,8 @@ class DetectionService(BoxService):
             self._learner.forget(stream)
 
     def reading(self, stream: str) -> Reading | None:
-        incarnation = self.engine.streams.record(stream).incarnation
-        drift = self.engine.aligner.drift(stream, incarnation) if self.engine.aligner else None
+        record = self.engine.streams.find(stream)
+        drift = self.engine.aligner.drift(stream, record.incarnation) if self.engine.aligner and record else None
         return None if drift is None else Reading(drift, math.nan, math.nan, math.nan)
 
     # -- predict ------------------------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ class DetectionService(BoxService):
         """
         check_stream(stream)
         self.check_modality(modality)
-        begun = self.engine.streams.begin(stream)
+        begun = await self.begin(stream)
         try:
             routing = await self.route(x, modality)
             sight = Sight(tuple(x), tuple(each.modality for each in routing), stream, answer, adapt)
@@ -219,7 +223,8 @@ class DetectionService(BoxService):
             each._replace(modality=used, translator_version=version)
             for each, used, version in zip(routing, found.modalities, found.translator_versions, strict=True)
         )
-        return Prediction(found.detections, found.frozen_detections, routing, sizes, found.version)
+        version = self.version_text(found.version, found.unsynced)
+        return Prediction(found.detections, found.frozen_detections, routing, sizes, version, found.incarnation)
 
     async def route(self, x: Sequence[Tensor], modality: str | None) -> tuple[Routing, ...]:
         if modality is not None:

@@ -23,15 +23,15 @@ from adapters.fusion import Fusion
 from adapters.guards import Guarded
 from adapters.open_set import OpenSet
 from tta_serve import stepping
+from tta_serve.durable import Durable
 from tta_serve.heads import Heads, View
 from tta_serve.judging import Counts, Learned, counts_of
 from tta_serve.lessons import Lesson, Observed, observed, rows_of
 from tta_serve.monitor import Forgotten, Monitor, Served
 from tta_serve.runtime import Runtime
-from tta_serve.snapshots import Snapshots
-from tta_serve.states import Held, States, row_of
+from tta_serve.states import Held, States
 from tta_serve.streams import PULL_SHARE, StreamRecord
-from tta_serve.watch import Reading
+from tta_serve.watch import Reading, Watch
 
 GOOD_EVERY_STEPS = 32  # steps between two of them; before one is kept, the probe is asked what was forgotten
 
@@ -64,6 +64,7 @@ class Answer(NamedTuple):
     logits: NDArray[np.float32] | None  # [n, C + added classes]; None where only the frozen answer was asked for
     frozen_logits: NDArray[np.float32] | None  # [n, C]; None where only the adapted answer was asked for
     version: int  # of the state that answered
+    unsynced: int = 0  # of its changes, those that the store does not have
     added: tuple[str, ...] = ()  # names of the classes behind the model's own
     head_version: int = 0  # of what its labels have taught
     features: Tensor | None = None  # [n, F], where they were wanted
@@ -85,7 +86,7 @@ class Engine:
         threads: of one forward on the CPU.
         resident: how many of them have their state in the table; the others' are written out.
         new_per_minute: how many streams may begin in a minute; None: any number.
-        snapshots: where states are written out and kept to roll back to.
+        durable: where streams live; None: in this process's memory.
         monitor: looks at streams now and then; None: nobody does, and no gate closes.
         batch_streams_max: streams of one forward.
         runtime: runs the forward of predictions; None: the network does.
@@ -102,7 +103,7 @@ class Engine:
         *,
         resident: int = 1024,
         new_per_minute: int | None = None,
-        snapshots: Snapshots | None = None,
+        durable: Durable | None = None,
         monitor: Monitor | None = None,
         batch_streams_max: int = 64,
         runtime: Runtime | None = None,
@@ -122,7 +123,7 @@ class Engine:
             streams_max=streams_max,
             resident=resident,
             new_per_minute=new_per_minute,
-            snapshots=snapshots,
+            durable=durable,
             answering_max=batch_streams_max,
             on_end=monitor.forget if monitor else None,
         )
@@ -140,22 +141,18 @@ class Engine:
             torch.cuda.set_stream(stream)
 
     def reading(self, stream: str) -> Reading | None:
-        """The last check of a stream; None before the first.
-
-        Raises:
-            NotFound: it does not exist.
-        """
-        watch = self._monitor.known(stream, self.streams.record(stream).incarnation) if self._monitor else None
+        """The last check of a stream here; None before the first."""
+        watch = self._watch(stream)
         return watch.last if watch else None
 
     def gated(self, stream: str) -> bool:
-        """Whether a stream is spared its steps because it is like the source.
-
-        Raises:
-            NotFound: it does not exist.
-        """
-        watch = self._monitor.known(stream, self.streams.record(stream).incarnation) if self._monitor else None
+        """Whether a stream is spared its steps here because it is like the source."""
+        watch = self._watch(stream)
         return watch is not None and watch.gated
+
+    def _watch(self, stream: str) -> Watch | None:
+        record = self.streams.find(stream)
+        return self._monitor.known(stream, record.incarnation) if self._monitor and record else None
 
     # -- predict ------------------------------------------------------------------------------------------------------
 
@@ -195,7 +192,12 @@ class Engine:
             frozen = dict(zip(frozen_for, self._frozen([inputs[i] for i in frozen_for]), strict=True))
         return [
             (
-                Answer(frozen_logits=frozen.get(i), version=record.version, **_shown(adapted.get(i))),
+                Answer(
+                    frozen_logits=frozen.get(i),
+                    version=record.version,
+                    unsynced=record.unsynced,
+                    **_shown(adapted.get(i)),
+                ),
                 Lesson(
                     given[i],
                     query.stream,
@@ -215,7 +217,7 @@ class Engine:
         sizes = tuple(len(x) for x in inputs)
         views = [self.heads.view_to_answer(query.stream) if self.heads else None for query, _ in asked]
         numbers: dict[tuple[int, int], int] = {}  # of a row and a head, in the small table of this batch
-        pairs = [(row_of(record), view) for (_, record), view in zip(asked, views, strict=True)]
+        pairs = [(record.row, view) for (_, record), view in zip(asked, views, strict=True)]
         of_request = [numbers.setdefault((row, id(view)), len(numbers)) for row, view in pairs]
         firsts = [of_request.index(number) for number in range(len(numbers))]
         groups = Groups.of(sizes, self.device)

@@ -109,6 +109,7 @@ class Heads:
         self._versions: dict[Owner, int] = {}
         self._told: dict[Owner, int] = {}  # labels kept of each
         self._owners: set[Owner] = set()
+        self._behind = False  # of what another process told
         self.load()
         if foreign := feedback.foreign():
             log.warning("%d labels were told for other weights, labels or keys, and have no effect", foreign)
@@ -132,10 +133,12 @@ class Heads:
     def refresh(self) -> bool:
         """Look whether another process changed the log: while a replica is replaced, two live at once."""
         with self._lock:
-            if not self.feedback.changed_elsewhere():
+            self._behind = self.feedback.changed_elsewhere() or self._behind
+            if not self._behind:
                 return False
             log.info("another process changed the feedback log; heads are made anew")
             self.load()
+            self._behind = False  # not before: what could not be read must be read at the next look
             return True
 
     def namespace(self, stream: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from tta_serve import errors
 from tta_serve.engine import AnswerKind
@@ -157,14 +158,25 @@ def ranked(
 
 
 def state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
-    state = {"stream": options.stream, "state_version": str(prediction.version), "adapted": prediction.adapted}
+    state = {"stream": options.stream, "state_version": prediction.version, "adapted": prediction.adapted}
     if prediction.head_version:
         state |= {"head_version": str(prediction.head_version), "added_labels": list(prediction.added)}
     return state
 
 
 def headers_of(prediction: Prediction) -> dict[str, str]:
-    headers = {"x-state-version": str(prediction.version), "x-adapted": "true" if prediction.adapted else "false"}
+    headers = {
+        "x-state-version": prediction.version,
+        "x-state-incarnation": str(prediction.incarnation),
+        "x-adapted": "true" if prediction.adapted else "false",
+    }
     if prediction.head_version:
         headers["x-head-version"] = str(prediction.head_version)
     return headers
+
+
+def reached(content: dict[str, Any], number: int, waiting: tuple[str, ...]) -> JSONResponse:
+    """200 where a command has reached all live replicas; else 202, with its number and who has yet to follow."""
+    if not waiting:
+        return JSONResponse(content)
+    return JSONResponse({**content, "sequence": number, "waiting": list(waiting)}, 202)

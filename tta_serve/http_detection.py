@@ -173,14 +173,14 @@ class DetectionRoutes:
         full = reach.full(stream)
         taught = await service.teach(asked.items, full, modality)
         service.metrics.count("tta_requests_total", outcome="ok")
-        version = service.view(full).version
+        version = await service.version_of(full)
         return JSONResponse(
             {
                 "model_name": self.name,
                 "results": [result_of(each) for each in taught],
-                "parameters": {"stream": stream, "state_version": str(version)},
+                "parameters": {"stream": stream, "state_version": version},
             },
-            headers={"x-state-version": str(version)},
+            headers={"x-state-version": version},
         )
 
 
@@ -291,7 +291,7 @@ def _routing(routing: Routing) -> dict[str, Any]:
 def state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
     return {
         "stream": options.stream,
-        "state_version": str(prediction.version),
+        "state_version": prediction.version,
         "adapted": prediction.adapted,
         "modalities": [each.modality for each in prediction.routing],
         "modality_confidences": [round(each.confidence, 6) for each in prediction.routing],
@@ -302,7 +302,8 @@ def state_of(prediction: Prediction, options: Options) -> dict[str, Any]:
 def headers_of(prediction: Prediction) -> dict[str, str]:
     used = sorted({each.modality for each in prediction.routing})
     return {
-        "x-state-version": str(prediction.version),
+        "x-state-version": prediction.version,
+        "x-state-incarnation": str(prediction.incarnation),
         "x-adapted": "true" if prediction.adapted else "false",
         "x-modality": used[0] if len(used) == 1 else "mixed",
     }

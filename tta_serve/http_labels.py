@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
-from tta_serve.http_answers import from_base64, problem_of, read_count, read_options
+from tta_serve.http_answers import from_base64, problem_of, reached, read_count, read_options
 from tta_serve.label_service import Label, LabelService, Taken
 
 ITEMS_MAX = 4096  # of a list in a body; a request may hold fewer images
@@ -89,7 +89,7 @@ class LabelRoutes:
         taken = await service.teach(items, full, asked.scope)
         service.metrics.count("tta_requests_total", outcome="ok")
         read_with = await service.off_loop(lambda: service.read_with(full))
-        versions = {"state_version": str(service.view(full).version), "head_version": str(read_with.version)}
+        versions = {"state_version": await service.version_of(full), "head_version": str(read_with.version)}
         labels = [*service.labels, *read_with.added]
         return JSONResponse(
             {
@@ -133,9 +133,9 @@ class LabelRoutes:
             if not reach.prefix:  # a tenant's token reaches the tenant's streams anyway
                 may_administer(self.tokens, authorization)
         stream = reach.full(read_options(request, asked.stream).stream)
-        receipt = await service.forget(stream, ids=asked.ids or (), label=asked.label, everywhere=asked.everywhere)
+        done = await service.forget(stream, ids=asked.ids or (), label=asked.label, everywhere=asked.everywhere)
         service.metrics.count("tta_requests_total", outcome="ok")
-        return JSONResponse(receipt._asdict())
+        return reached(done.receipt._asdict(), done.number, done.waiting)
 
 
 def parse_labels(body: bytes) -> tuple[LabelsRequest, Sequence[Label]]:

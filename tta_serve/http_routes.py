@@ -62,7 +62,9 @@ def stream_endpoints(service: Callable[[], ModelService], tokens: Tokens) -> tup
 
 def ready_answer(name: str, service: ModelService) -> JSONResponse:
     """Whether the model answers, 200 or 503."""
-    return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+    degraded = service.health.degraded
+    said = {"name": name, "ready": service.ready} | ({"degraded": degraded} if degraded else {})
+    return JSONResponse(said, 200 if service.ready else 503)
 
 
 async def read_infer(request: Request, service: Callable[[], ModelService]) -> InferRequest:

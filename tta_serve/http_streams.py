@@ -9,9 +9,8 @@ from starlette.responses import JSONResponse
 from tta_serve import errors
 from tta_serve.access import may_administer, may_predict
 from tta_serve.config import Tokens
-from tta_serve.http_answers import problem_of, read_count
-from tta_serve.model_service import ModelService
-from tta_serve.views import StreamView
+from tta_serve.http_answers import problem_of, reached, read_count
+from tta_serve.model_service import Commanded, ModelService
 
 STREAMS_PAGE_MAX = 1000
 OFFSET_MAX = 2**31
@@ -42,20 +41,25 @@ class StreamRoutes:
         reach = may_predict(self.tokens, _authorization(request))
         limit = read_count(request, "limit", default=100, least=1, most=STREAMS_PAGE_MAX)
         offset = read_count(request, "offset", default=0, least=0, most=OFFSET_MAX)
-        views, total = self.service().streams(limit, offset, reach.prefix, without=reach.without)
+        service = self.service()
+        views, total = await service.with_store(
+            lambda: service.streams(limit, offset, reach.prefix, without=reach.without)
+        )
         shown = [view._replace(stream=reach.shown(view.stream))._asdict() for view in views]
         return JSONResponse({"streams": shown, "total": total})
 
     async def view(self, request: Request) -> JSONResponse:
         """One stream: version, steps, rows seen and selected, entropy, guards, bytes."""
         reach = may_predict(self.tokens, _authorization(request))
-        view = self.service().view(reach.full(request.path_params["stream"]))
+        service, stream = self.service(), reach.full(request.path_params["stream"])
+        view = await service.with_store(lambda: service.view(stream))
         return JSONResponse(view._replace(stream=reach.shown(view.stream))._asdict())
 
     async def history(self, request: Request) -> JSONResponse:
         """What happened to the stream of late, and the versions that it can be rolled back to."""
         reach = may_predict(self.tokens, _authorization(request))
-        history = self.service().history(reach.full(request.path_params["stream"]))
+        service, stream = self.service(), reach.full(request.path_params["stream"])
+        history = await service.with_store(lambda: service.history(stream))
         events = [event._asdict() for event in history.events]
         return JSONResponse({**history._asdict(), "stream": reach.shown(history.stream), "events": events})
 
@@ -75,20 +79,23 @@ class StreamRoutes:
         """Go back to the state of a kept version, under a new version. Admin token."""
         may_administer(self.tokens, _authorization(request))
         version = parse_rollback(await request.body())
-        view = await self.service().rollback(request.path_params["stream"], version)
-        return JSONResponse(view._asdict())
+        return _commanded(await self.service().rollback(request.path_params["stream"], version))
 
     async def delete(self, request: Request) -> JSONResponse:
         """Forget the stream: its state, the versions kept of it, and rows that wait. Admin token."""
         may_administer(self.tokens, _authorization(request))
         stream = request.path_params["stream"]
-        receipt = await self.service().delete(stream)
-        return JSONResponse({"deleted": stream} | ({"receipt": receipt._asdict()} if receipt else {}))
+        deleted = await self.service().delete(stream)
+        receipt = {"receipt": deleted.receipt._asdict()} if deleted.receipt else {}
+        return reached({"deleted": stream, **receipt}, deleted.number, deleted.waiting)
 
-    async def _command(self, request: Request, command: Callable[[str], Awaitable[StreamView]]) -> JSONResponse:
+    async def _command(self, request: Request, command: Callable[[str], Awaitable[Commanded]]) -> JSONResponse:
         may_administer(self.tokens, _authorization(request))
-        view = await command(request.path_params["stream"])
-        return JSONResponse(view._asdict())
+        return _commanded(await command(request.path_params["stream"]))
+
+
+def _commanded(done: Commanded) -> JSONResponse:
+    return reached(done.view._asdict(), done.number, done.waiting)
 
 
 def parse_rollback(body: bytes) -> int:

@@ -1,7 +1,6 @@
 """What a classifier is told while it serves: labels, and what of them to forget."""
 
 import asyncio
-import logging
 import reprlib
 import time
 from abc import abstractmethod
@@ -14,20 +13,17 @@ from torch import Tensor
 
 from tta_serve.audit import Scope
 from tta_serve.engine import Answer, Engine
-from tta_serve.errors import InvalidInput, NotFound, Overloaded, TTAError
+from tta_serve.errors import InvalidInput, NotFound, Overloaded
 from tta_serve.heads import Heads, Told, View
 from tta_serve.metrics import Metrics
-from tta_serve.model_service import Limits, ModelService
+from tta_serve.model_service import Commanded, Deleted, Limits, ModelService
 from tta_serve.receipts import Receipt
 from tta_serve.remembered import Key, Memory, Remembered
-from tta_serve.views import StreamView, check_stream
-
-log = logging.getLogger(__name__)
+from tta_serve.views import check_stream
 
 LABEL_LENGTH_MAX = 100
 LABELS_WAITING_MAX = 1024  # more gets 429
 FORGETS_WAITING_MAX = 16  # each writes the store's file anew
-REFRESH_S = 1.0  # how often is looked whether another process told labels
 
 Outcome = Literal["applied", "repeated", "frozen", "stale"]
 
@@ -70,6 +66,14 @@ class _Seen(NamedTuple):
     incarnation: int  # of the stream when it answered
 
 
+class Forgotten(NamedTuple):
+    """What came of forgetting labels."""
+
+    receipt: Receipt
+    number: int = 0  # of the change in the store
+    waiting: tuple[str, ...] = ()  # live replicas that it had not reached in time
+
+
 class LabelService(ModelService):
     """One classifier's feedback.
 
@@ -101,7 +105,6 @@ class LabelService(ModelService):
         self._teacher = ThreadPoolExecutor(1, "tta-teacher", initializer=engine.prepare_thread)
         self._waiting_labels = 0
         self._waiting_forgets = 0
-        self._refreshing: asyncio.Task[None] | None = None
         for stream in engine.heads.streams() if engine.heads else ():
             engine.streams.adopt(stream)
 
@@ -207,7 +210,7 @@ class LabelService(ModelService):
 
     async def forget(
         self, stream: str, *, ids: Sequence[str] = (), label: str | None = None, everywhere: bool = False
-    ) -> Receipt:
+    ) -> Forgotten:
         """Take exactly the effect of some labels out.
 
         Args:
@@ -230,9 +233,13 @@ class LabelService(ModelService):
             raise Overloaded(f"{self._waiting_forgets} requests to forget wait; that is the limit", 1.0)
         self._waiting_forgets += 1
         try:
-            return await self._forget(heads, stream, ids, label, everywhere)
+            receipt = await self._forget(heads, stream, ids, label, everywhere)
         finally:
             self._waiting_forgets -= 1
+        sync = self.sync
+        # the log says what was forgotten; the notice, who has looked at the log since
+        number = await self.with_store(lambda: sync.announce("labels")) if sync else 0
+        return Forgotten(receipt, number, await self.everywhere(number))
 
     async def _forget(
         self, heads: Heads, stream: str, ids: Sequence[str], label: str | None, everywhere: bool
@@ -253,43 +260,30 @@ class LabelService(ModelService):
                 memory.used = frozenset()  # it may be asked about again
         return receipt
 
-    async def reset(self, stream: str) -> StreamView:
+    async def reset(self, stream: str) -> Commanded:
         heads = self.engine.heads
         if heads is None:
             return await super().reset(stream)
-        await self._end_life(stream, heads.reset, self.engine.streams.reset)
-        return self.view(stream)
+        _, number = await self._end_life(stream, heads.reset, lambda stream: self.engine.streams.reset(stream)[1])
+        waiting = await self.everywhere(number)
+        return Commanded(await self.with_store(lambda: self.view(stream)), number, waiting)
 
-    async def delete(self, stream: str) -> Receipt | None:
+    async def delete(self, stream: str) -> Deleted:
         heads = self.engine.heads
         if heads is None:
             return await super().delete(stream)
-        return await self._end_life(stream, heads.delete, self.engine.streams.delete)
-
-    def start_teaching(self) -> None:
-        """From now on look now and then whether another process told labels."""
-        if self.engine.heads is not None:
-            self._refreshing = asyncio.create_task(self._refresh(self.engine.heads))
-
-    async def _refresh(self, heads: Heads) -> None:
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._teacher, heads.refresh)
-            except TTAError:  # the store cannot be read now; what was read of it stays in effect
-                log.exception("the feedback log could not be looked at")
+        receipt, number = await self._end_life(stream, heads.delete, self.engine.streams.delete)
+        return Deleted(receipt, number, await self.everywhere(number))
 
     async def stop_teaching(self) -> None:
         """Learn and forget what is under way, and let go of the store; a second time changes nothing."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
         await asyncio.to_thread(self._teacher.shutdown, cancel_futures=True)
         if self.engine.heads is not None:
             self.engine.heads.close()
 
     async def _end_life(
-        self, stream: str, forget: Callable[[str], Receipt], command: Callable[[str], object]
-    ) -> Receipt:
+        self, stream: str, forget: Callable[[str], Receipt], command: Callable[[str], int]
+    ) -> tuple[Receipt, int]:
         """First what was told, and then the rest: where the store fails, nothing has changed and it can be tried again.
 
         In the thread that teaches, so that nothing is learned in between. A client that leaves does not stop it
@@ -297,16 +291,15 @@ class LabelService(ModelService):
         """
         check_stream(stream)
 
-        def end() -> Receipt:
+        def end() -> tuple[Receipt, int]:
             self.engine.streams.record(stream)  # it exists
             receipt = forget(stream)
-            command(stream)
-            return receipt
+            return receipt, command(stream)
 
-        async def ended() -> Receipt:
-            receipt = await self._on(self._teacher, end)
+        async def ended() -> tuple[Receipt, int]:
+            done = await self._on(self._teacher, end)
             self.drop_pending(stream)
-            return receipt
+            return done
 
         return await asyncio.shield(ended())
 

@@ -57,7 +57,13 @@ TABLE: tuple[tuple[str, type[Counter] | type[Gauge] | type[Histogram], tuple[str
     ("tta_entropy_nats", Gauge, (), "Mean entropy of the rows last learned from."),
     ("tta_waiting_rows", Gauge, (), "Rows waiting for a forward."),
     ("tta_pending_rows", Gauge, (), "Rows waiting to be learned from."),
-    ("tta_streams", Gauge, (), "Streams that exist."),
+    ("tta_streams", Gauge, (), "Streams in this replica's memory."),
+    ("tta_store_ok", Gauge, (), "Whether what is learned can be saved: 1 or 0."),
+    ("tta_cut_off", Gauge, (), "Whether the store could not be reached for longer than the lease: 1 or 0."),
+    ("tta_snapshot_lag_seconds", Gauge, (), "Time since all that was learned before was in the store."),
+    ("tta_sync_seconds", Histogram, (), "Time that a sync with the store took."),
+    ("tta_store_failures_total", Counter, (), "Attempts to reach the store that failed."),
+    ("tta_snapshots_refused_total", Counter, (), "Snapshots that were not what was written, or belonged elsewhere."),
     ("tta_state_bytes", Gauge, (), "Bytes of all resident states."),
 )
 

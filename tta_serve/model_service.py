@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 import uuid
@@ -16,10 +17,32 @@ from tta_serve.metrics import Metrics
 from tta_serve.receipts import Receipt
 from tta_serve.states import States
 from tta_serve.streams import StreamRecord
+from tta_serve.sync import Health, Sync
 from tta_serve.views import StreamHistory, StreamPage, StreamView, check_stream, history_of
 from tta_serve.watch import Reading
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+EVERYWHERE_S = 5.0  # that a command waits for other replicas; their leases may last longer
+EVERYWHERE_POLL_S = 0.02
+
+
+class Commanded(NamedTuple):
+    """What came of a command."""
+
+    view: StreamView
+    number: int = 0  # of the change in the store
+    waiting: tuple[str, ...] = ()  # live replicas that it had not reached in `EVERYWHERE_S`
+
+
+class Deleted(NamedTuple):
+    """What came of a deletion."""
+
+    receipt: Receipt | None  # of what the stream had told; None where nothing here learns from labels
+    number: int = 0
+    waiting: tuple[str, ...] = ()
 
 
 class Limits(NamedTuple):
@@ -46,8 +69,12 @@ class ModelService(ABC):
         self.metrics = metrics
         self.mode = mode
         self.limits = limits
+        self.sync: Sync | None = None  # with the store that other replicas share; None: there is none
         self._states = states
         self._decoders = ThreadPoolExecutor(2, "tta-decode")
+        self._store_threads = ThreadPoolExecutor(
+            4, "tta-store"
+        )  # its waiting must not keep pictures waiting, nor they it
         self._running = False
 
     @abstractmethod
@@ -87,6 +114,63 @@ class ModelService(ABC):
     def ready(self) -> bool:
         return self._running
 
+    @property
+    def health(self) -> Health:
+        """How this replica stands with the store."""
+        return self.sync.health if self.sync else Health(None, False, 0.0)
+
+    def version_text(self, version: int, unsynced: int) -> str:
+        """A state's version as users see it: `12`, or `12+3@replica` with three changes that the store has not."""
+        if self.sync is None or not unsynced:
+            return str(version)
+        return f"{version - unsynced}+{unsynced}@{self.metrics.replica}"
+
+    async def start_syncing(self) -> None:
+        """Get in step with the store, and stay with it."""
+        if self.sync is not None:
+            await asyncio.to_thread(self.sync.start)
+
+    async def stop_syncing(self) -> None:
+        """Give the store what it does not have."""
+        if self.sync is not None:
+            began_s = time.monotonic()
+            given = await asyncio.to_thread(self.sync.stop)
+            log.warning("gave the store the last of %d streams in %.2f s", given, time.monotonic() - began_s)
+
+    async def version_of(self, stream: str) -> str:
+        """The version of a stream's present state, as users see it.
+
+        Raises:
+            NotFound: no such stream.
+        """
+        record = self._states.find(stream)
+        if record is None:
+            record = await self.with_store(lambda: self._states.record(stream))
+        return self.version_text(record.version, record.unsynced)
+
+    async def begin(self, stream: str) -> StreamRecord | None:
+        """Begin a stream, or load it, so that the thread that answers need not: see `States.begin`."""
+        self.check_running()
+        if self._states.find(stream) is not None:
+            return None
+        return await self.with_store(lambda: self._states.begin(stream))
+
+    async def everywhere(self, number: int) -> tuple[str, ...]:
+        """Wait until a change has reached all live replicas; those that it has not after `EVERYWHERE_S`."""
+        sync, until_s = self.sync, time.monotonic() + EVERYWHERE_S
+        waiting: Sequence[str] = ("unknown",)
+        while sync is not None and number:
+            try:
+                waiting = await self.with_store(lambda: sync.reached(number))
+            except Unavailable:  # the command is done all the same; who has followed cannot be known now
+                log.exception("who has followed the change %d cannot be asked", number)
+            if not waiting:
+                break
+            if time.monotonic() > until_s:
+                return tuple(waiting)
+            await asyncio.sleep(EVERYWHERE_POLL_S)
+        return ()
+
     def check_running(self) -> None:
         """Raise unless requests are taken."""
         if not self._running:
@@ -100,6 +184,14 @@ class ModelService(ABC):
         """
         return await self._on(self._decoders, call)
 
+    async def with_store(self, call: Callable[[], T]) -> T:
+        """Run something that may have to wait for the store beside the event loop.
+
+        Raises:
+            Unavailable: the service is stopping.
+        """
+        return await self._on(self._store_threads, call)
+
     def check_count(self, count: int) -> None:
         """Raise unless a request may hold that many images."""
         if count < 1:
@@ -112,12 +204,12 @@ class ModelService(ABC):
 
     def streams(self, limit: int, offset: int = 0, prefix: str = "", *, without: tuple[str, ...] = ()) -> StreamPage:
         """A page of the streams whose names begin with `prefix` and with none of `without`."""
-        names = [name for name in self._states.names() if name.startswith(prefix) and not name.startswith(without)]
+        lines, total = self._states.page(limit, offset, prefix, without=without)
         views = []
-        for name in names[offset : offset + limit]:
+        for line in lines:
             with contextlib.suppress(NotFound):  # deleted since
-                views.append(self.view(name))
-        return StreamPage(views, len(names))
+                views.append(self.view(line.stream))
+        return StreamPage(views, total)
 
     def view(self, stream: str) -> StreamView:
         """A stream as it stands.
@@ -131,7 +223,8 @@ class ModelService(ABC):
         return StreamView(
             stream=stream,
             mode=self.mode,
-            version=record.version,
+            version=record.version - record.unsynced if self.sync else record.version,
+            unsynced=record.unsynced if self.sync else 0,
             incarnation=record.incarnation,
             steps=record.steps,
             seen=record.seen,
@@ -148,8 +241,8 @@ class ModelService(ABC):
             forgetting=forgetting,
             forgetting_standard_error=forgetting_error if math.isfinite(forgetting_error or 0.0) else None,
             pending_rows=self.pending_rows(stream),
-            versions=tuple(self._states.versions(stream)),
-            resident=record.row is not None,
+            versions=(0, *record.kept),
+            resident=self._states.find(stream) is not None,
             state_bytes=self._states.bytes_of(stream),
         )
 
@@ -160,37 +253,35 @@ class ModelService(ABC):
             InvalidInput, NotFound: a bad name; no such stream.
         """
         check_stream(stream)
-        return history_of(stream, self._states.record(stream), self._states.versions(stream))
+        record = self._states.record(stream)
+        return history_of(stream, record, (0, *record.kept))
 
-    async def reset(self, stream: str) -> StreamView:
+    async def reset(self, stream: str) -> Commanded:
         """Begin a stream's life anew; rows that wait are dropped, here and in the commands below.
 
         Raises:
             InvalidInput, NotFound: a bad name; no such stream.
             Unavailable: the service is stopping.
         """
-        await self._command(stream, self._states.reset)
-        return self.view(stream)
+        return await self._command(stream, self._states.reset)
 
-    async def freeze(self, stream: str) -> StreamView:
+    async def freeze(self, stream: str) -> Commanded:
         """Let a stream answer as it does now, and learn nothing until `resume`.
 
         Raises:
             InvalidInput, NotFound, Unavailable: see `reset`.
         """
-        await self._command(stream, self._states.freeze)
-        return self.view(stream)
+        return await self._command(stream, self._states.freeze)
 
-    async def resume(self, stream: str) -> StreamView:
+    async def resume(self, stream: str) -> Commanded:
         """Let a frozen stream learn again.
 
         Raises:
             InvalidInput, NotFound, Unavailable: see `reset`.
         """
-        await self._command(stream, self._states.resume)
-        return self.view(stream)
+        return await self._command(stream, self._states.resume)
 
-    async def rollback(self, stream: str, version: int) -> StreamView:
+    async def rollback(self, stream: str, version: int) -> Commanded:
         """Go back to the state of an earlier version, under a new version.
 
         Raises:
@@ -198,29 +289,33 @@ class ModelService(ABC):
             NotFound: no such stream, or the version is not kept.
             Unavailable: the version cannot be read, or the service is stopping.
         """
-        await self._command(stream, lambda stream: self._states.rollback(stream, version))
-        return self.view(stream)
+        return await self._command(stream, lambda stream: self._states.rollback(stream, version))
 
-    async def delete(self, stream: str) -> Receipt | None:
+    async def delete(self, stream: str) -> Deleted:
         """Forget a stream.
-
-        Returns:
-            What was removed of what it had told; None where nothing here learns from labels.
 
         Raises:
             InvalidInput, NotFound, Unavailable: see `reset`.
         """
-        await self._command(stream, self._states.delete)
-        return None
-
-    async def _command(self, stream: str, command: Callable[[str], StreamRecord | None]) -> None:
         check_stream(stream)
-        await self.off_loop(lambda: command(stream))  # it may read or remove files
+        number = await self.with_store(lambda: self._states.delete(stream))
         self.drop_pending(stream)
+        return Deleted(None, number, await self.everywhere(number))
+
+    async def _command(self, stream: str, command: Callable[[str], tuple[StreamRecord, int]]) -> Commanded:
+        check_stream(stream)
+        _, number = await self.with_store(lambda: command(stream))
+        self.drop_pending(stream)
+        waiting = await self.everywhere(number)
+        return Commanded(await self.with_store(lambda: self.view(stream)), number, waiting)
 
     def metrics_text(self) -> str:
         """Prometheus text, gauges read now."""
         names = self._states.names()
+        health = self.health
+        self.metrics.set("tta_store_ok", health.degraded is None)
+        self.metrics.set("tta_cut_off", health.cut_off)
+        self.metrics.set("tta_snapshot_lag_seconds", health.behind_s)
         self.metrics.set("tta_waiting_rows", self.waiting_rows)
         self.metrics.set("tta_pending_rows", self.pending_rows())
         self.metrics.set("tta_streams", len(names))

@@ -1,14 +1,14 @@
 """The Ray Serve deployments: a replica that holds one model and answers HTTP itself, and the front."""
 
 import logging
-from pathlib import Path
+import sys
 from typing import Any
 
 from ray import serve
 from starlette.types import ASGIApp
 
 from tta_serve.building import build_engine
-from tta_serve.config import LimitSettings, ModelSettings, Tokens
+from tta_serve.config import LimitSettings, ModelSettings, StoreSettings, Tokens
 from tta_serve.detection import DetectionEngine
 from tta_serve.detection_building import build_detection_engine
 from tta_serve.detection_service import DetectionService
@@ -22,6 +22,7 @@ from tta_serve.metrics import Metrics
 from tta_serve.model_service import Limits
 from tta_serve.remembered import Remembered
 from tta_serve.service import Service
+from tta_serve.store_building import build_sync
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,7 @@ def build_service(
     limits: LimitSettings,
     models_on_node: int,
     replica: str,
-    folder: Path | None = None,
-    store: Path | None = None,
+    store: StoreSettings | None = None,
     tenants: frozenset[str] = frozenset(),
 ) -> Service | DetectionService:
     """Everything behind the routes of one model.
@@ -42,8 +42,7 @@ def build_service(
         limits: of one request.
         models_on_node: how many models share the cores.
         replica: the replica's id, for the metrics.
-        folder: where states are written out.
-        store: where what this model was told lies.
+        store: where states live, and what this model was told lies; None: states live in memory.
         tenants: whose streams share nothing with others'.
 
     Raises:
@@ -52,10 +51,13 @@ def build_service(
     metrics = Metrics(settings.name, replica)
     allowed = Limits(limits.image_pixels, limits.images_per_request, limits.request_pixels)
     if settings.task == "detection":
-        return _detection(settings, metrics, allowed, *build_detection_engine(settings, models_on_node, folder))
-    engine, model = build_engine(settings, models_on_node, folder, store, tenants)
+        detector = build_detection_engine(settings, models_on_node, store, metrics)
+        detection = _detection(settings, metrics, allowed, *detector)
+        detection.sync = build_sync(detection.engine.streams, store, metrics)
+        return detection
+    engine, model = build_engine(settings, models_on_node, store, tenants, metrics)
     adaptation = settings.adaptation
-    return Service(
+    service = Service(
         engine,
         model.input,
         model.labels,
@@ -69,6 +71,9 @@ def build_service(
         remembered=_remembered(settings),
         unknown_above=settings.open_set.unknown_above if settings.open_set else 1.0,
     )
+    refresh = engine.heads.refresh if engine.heads else None
+    service.sync = build_sync(engine.streams, store, metrics, refresh=refresh)
+    return service
 
 
 def _remembered(settings: ModelSettings) -> Remembered:
@@ -112,6 +117,16 @@ def app_name(model: str) -> str:
     return f"model-{model}"
 
 
+def _log_to_the_workers_file() -> None:
+    """Ray Serve lets what a replica writes to `sys.stderr` pass its own level; ours shall be in the worker's log."""
+    logger = logging.getLogger("tta_serve")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.__stderr__)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 class ModelReplica:
     """One replica of one model: Ray Serve's ingress, so that HTTP reaches the model in one hop."""
 
@@ -121,18 +136,16 @@ class ModelReplica:
         limits: LimitSettings,
         tokens: Tokens,
         models_on_node: int,
-        folder: str,
-        store: str,
+        store: StoreSettings,
     ) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        # one folder a replica: while a deployment is replaced, two live at once
+        _log_to_the_workers_file()
         self._service = build_service(
             settings,
             limits,
             models_on_node,
             replica,
-            Path(folder) / replica,
-            Path(store) / settings.name,
+            store,
             frozenset(tokens.tenants),
         )
         self._routes = build_routes(settings, self._service, tokens)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -23,7 +24,7 @@ from tta_serve.errors import ConfigError, Unavailable
 # Ray's and HAProxy's sockets lie below; a socket's path may have 97 characters, of which Serve takes 57: short names
 ROOT = Path("/tmp") / f"tta-{os.getuid()}"  # noqa: S108  # made with mode 0700 and checked to be ours
 
-Phase = Literal["starting", "ready", "failed"]
+Phase = Literal["starting", "ready", "updating", "failed"]
 
 
 class ServerStatus(NamedTuple):
@@ -36,11 +37,20 @@ class ServerStatus(NamedTuple):
     models: tuple[str, ...]
     phase: Phase
     message: str = ""
+    update: str = ""  # the last that was asked for and is done, or failed for the reason in `message`
 
     @property
     def url(self) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+class Update(NamedTuple):
+    """A configuration that a running server shall go over to."""
+
+    id: str
+    config: str  # its path
+    folder: str  # that paths in it are relative to
 
 
 class RunFolder:
@@ -86,16 +96,14 @@ class RunFolder:
                 f"a tta-serve already runs on port {self.port}; `tta-serve down --port {self.port}` stops it"
             ) from None
         try:
-            shutil.rmtree(self.path / "states", ignore_errors=True)  # of a server that was killed: nobody reads them
+            (self.path / "update.json").unlink(missing_ok=True)  # that a server which is gone was asked for
             yield
         finally:
             self._lock.release()
 
     def write(self, status: ServerStatus) -> None:
-        """Say how far the server has come; readers see the old or the new text, never half of one."""
-        part = self.path / "status.part"
-        part.write_text(json.dumps(status._asdict()))
-        part.replace(self.path / "status.json")
+        """Say how far the server has come."""
+        self._replace("status.json", json.dumps(status._asdict()))
 
     def read(self) -> ServerStatus | None:
         """What the server last said; None where none has run."""
@@ -104,6 +112,30 @@ class RunFolder:
             return ServerStatus(**{**content, "models": tuple(content["models"])})
         except (OSError, ValueError, TypeError, KeyError):  # none, or one of another version
             return None
+
+    def ask_for(self, config: Path) -> Update:
+        """Ask the server to go over to another configuration."""
+        update = Update(secrets.token_hex(8), str(config.absolute()), str(Path.cwd()))
+        self._replace("update.json", json.dumps(update._asdict()))
+        return update
+
+    def take_update(self, status: ServerStatus) -> Update | None:
+        """What the server was asked to go over to and has not yet.
+
+        Args:
+            status: what it said last.
+        """
+        try:
+            update = Update(**json.loads((self.path / "update.json").read_text()))
+        except (OSError, ValueError, TypeError):  # nothing was asked
+            return None
+        return None if update.id == status.update else update
+
+    def _replace(self, name: str, text: str) -> None:
+        """Readers see the old or the new text, never half of one."""
+        part = self.path / f"{name}.part"
+        part.write_text(text)
+        part.replace(self.path / name)
 
     def alive(self) -> bool:
         """Whether a server holds this folder."""

@@ -36,7 +36,8 @@ class Prediction(NamedTuple):
 
     logits: NDArray[np.float32] | None  # of the adapted model, [n, C + added classes]
     frozen_logits: NDArray[np.float32] | None  # [n, C]
-    version: int  # of the state that answered
+    version: str  # of the state that answered: `ModelService.version_text`
+    incarnation: int = 0  # of the stream; 0: the frozen model answered for it
     added: tuple[str, ...] = ()  # names of the classes behind the model's own
     head_version: int = 0  # of what labels have taught
     unknown: NDArray[np.float32] | None = None  # of each image, 0 … 1, where an open set is looked for
@@ -103,7 +104,7 @@ class Service(LabelService):
         self._batcher.start()
         if self.mode == "async":
             self._learner.start()
-        self.start_teaching()
+        await self.start_syncing()
         self._running = True
 
     async def stop(self) -> None:
@@ -111,8 +112,10 @@ class Service(LabelService):
         await self._batcher.stop()
         await self.stop_teaching()
         await asyncio.to_thread(self._learner.stop)
+        await self.stop_syncing()
         self._device.shutdown()
         self._decoders.shutdown()
+        self._store_threads.shutdown()
 
     async def decode(self, contents: Sequence[bytes]) -> Tensor:
         self.check_running()
@@ -168,7 +171,8 @@ class Service(LabelService):
         remember = id is not None and adapt and self.engine.heads is not None
         result, incarnation = await self._ask(Query(x, stream, answer, remember), adapt)
         self.metrics.count("tta_images_total", len(x))
-        prediction = Prediction(*result[:3], result.added, result.head_version, result.unknown)
+        version = self.version_text(result.version, result.unsynced)
+        prediction = Prediction(*result[:2], version, incarnation, result.added, result.head_version, result.unknown)
         if remember and id is not None:
             self.remember(id, stream, result, incarnation)
         return prediction
@@ -183,7 +187,7 @@ class Service(LabelService):
             Unavailable: the answer holds numbers that are not finite.
         """
         check_stream(query.stream)
-        begun = self.engine.streams.begin(query.stream)
+        begun = await self.begin(query.stream)
         try:
             answer, lesson = await self._batcher.submit(_Asked(query, adapt, time.monotonic()), rows=len(query.x))
         except Overloaded:

@@ -17,7 +17,7 @@ def live_of(streams: States, lessons: Sequence[L]) -> tuple[dict[str, list[L]], 
     """The lessons that can teach, by stream, and what is said of the others."""
     live: dict[str, list[L]] = {}
     done: list[Learned] = []
-    records = {stream: streams.find(stream) for stream in {lesson.stream for lesson in lessons}}
+    records = {stream: streams.alive(stream) for stream in {lesson.stream for lesson in lessons}}
     for lesson in lessons:
         record = records[lesson.stream]
         if record is None or record.incarnation != lesson.incarnation:

@@ -5,10 +5,11 @@ Which row of the table is whose, who was used last, how many may begin, and what
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 EVENTS_MAX = 64  # kept of each stream; the oldest go
+KEPT_VERSIONS = 4  # good versions of a stream that are kept to roll back to
 CALM_STEPS = 64  # after so many steps without a trip the ladder begins at its foot again
 
 Action = Literal["pull", "roll_back", "freeze"]
@@ -57,8 +58,10 @@ class StreamRecord(NamedTuple):
     """A stream as it stands: an immutable value, so that publishing is one assignment."""
 
     incarnation: int
-    row: int | None = 0  # of the table; 0: still `init()`; None: written out
-    version: int = 0
+    row: int = 0  # of the table; 0: still `init()`
+    version: int = 0  # the store's, and one more for each change since
+    unsynced: int = 0  # changes that the store does not have yet
+    rebased: int = 0  # how often what other replicas learned was taken in
     steps: int = 0  # updates of parameters
     seen: int = 0  # rows given to the adapter
     reliable: int = 0
@@ -71,7 +74,6 @@ class StreamRecord(NamedTuple):
     frozen: bool = False  # learns nothing until it is resumed
     ladder: Ladder = Ladder()
     kept: tuple[int, ...] = ()  # good versions, to roll back to
-    written: int | None = None  # the version that was last written out
     events: tuple[Event, ...] = ()
 
     def noted(self, what: str) -> "StreamRecord":
@@ -88,16 +90,56 @@ class StreamRecord(NamedTuple):
     def caught_up(self, old: "StreamRecord", present: "StreamRecord") -> "StreamRecord":
         """What a step made of `old`, with what happened to the stream while the step ran.
 
-        Freezing, resuming, writing out and bringing back need not wait for a step: what they changed stands.
+        Freezing, resuming and syncing need not wait for a step: what they changed stands.
         """
-        meanwhile = [event for event in present.events if event not in old.events]
-        return self._replace(
+        record = self.merged(old, present)
+        return record._replace(
             frozen=present.frozen,
-            written=present.written,
-            kept=present.kept,
             ladder=self.ladder if present.ladder == old.ladder else present.ladder,
-            events=(*self.events, *meanwhile)[-EVENTS_MAX:],
+            unsynced=present.unsynced + self.version - old.version,
+            rebased=present.rebased,
         )
+
+    def merged(self, base: "StreamRecord", theirs: "StreamRecord") -> "StreamRecord":
+        """What was made of `base` here, put on top of what somebody else made of it.
+
+        >>> base = StreamRecord(1, version=5, seen=100, steps=3)
+        >>> mine, theirs = base._replace(version=7, seen=164, steps=5), base._replace(version=6, seen=132, frozen=True)
+        >>> both = mine.merged(base, theirs)
+        >>> both.version, both.seen, both.steps, both.frozen
+        (8, 196, 5, True)
+        """
+        counted = {name: getattr(theirs, name) + getattr(self, name) - getattr(base, name) for name in COUNTS}
+        mine = {name: getattr(self, name) for name in LATEST if getattr(self, name) != getattr(base, name)}
+        events = dict.fromkeys((*theirs.events, *(event for event in self.events if event not in base.events)))
+        return theirs._replace(
+            **counted,
+            **mine,
+            kept=theirs.kept if self.kept == base.kept else tuple(sorted({*theirs.kept, *self.kept})[-KEPT_VERSIONS:]),
+            events=tuple(sorted(events, key=lambda event: event.at_s))[-EVENTS_MAX:],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What a store keeps of it beside its incarnation, version and kept versions."""
+        kept = {name: getattr(self, name) for name in (*COUNTS, *LATEST) if name != "version"}
+        return {**kept, "ladder": list(self.ladder), "events": [list(event) for event in self.events]}
+
+    @classmethod
+    def from_json(
+        cls, incarnation: int, version: int, kept: tuple[int, ...], content: Mapping[str, Any]
+    ) -> "StreamRecord":
+        """A record as `to_json` gave it; what an older server did not know has its default."""
+        known = {name: content[name] for name in (*COUNTS, *LATEST) if name in content}
+        if known.get("forgetting"):
+            known["forgetting"] = tuple(known["forgetting"])
+        if "ladder" in known:
+            known["ladder"] = Ladder(*known["ladder"])
+        events = tuple(Event(*event) for event in content.get("events", ()))
+        return cls(incarnation, **{**known, "version": version, "kept": kept, "events": events})
+
+
+COUNTS = ("version", "steps", "seen", "reliable", "selected", "refused", "trips")  # what each adds to
+LATEST = ("entropy", "forgetting", "checked_steps", "frozen", "ladder")  # what the last one to change it says
 
 
 class Rows:
@@ -185,6 +227,10 @@ class Recency:
 
     def oldest(self) -> str:
         return next(iter(self._names))
+
+    def __iter__(self) -> Iterator[str]:
+        """The oldest first."""
+        return iter(self._names)
 
 
 class Bucket:

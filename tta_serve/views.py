@@ -18,7 +18,8 @@ class StreamView(NamedTuple):
 
     stream: str
     mode: str
-    version: int
+    version: int  # that the store has
+    unsynced: int  # changes since, of this replica
     incarnation: int
     steps: int
     seen: int
@@ -36,7 +37,7 @@ class StreamView(NamedTuple):
     forgetting_standard_error: float | None
     pending_rows: int
     versions: tuple[int, ...]  # that `rollback` can go to
-    resident: bool  # its state is in memory, and not written out
+    resident: bool  # in this replica's memory
     state_bytes: int
 
 

@@ -23,10 +23,13 @@ from adapters import (
     Fusion,
     Groups,
     Guarded,
+    Merging,
     ModTr,
     Network,
     Pipeline,
     Source,
+    Steps,
+    Totals,
     Translator,
     TranslatorConfig,
     tree,
@@ -126,7 +129,7 @@ def rows_for(kind: str, images: Images, rows: int) -> tuple[Tensor, tuple[Boxes,
 
 
 def test_the_table_of_cases_is_complete() -> None:
-    assert len(LAWS) == 16
+    assert len(LAWS) == 21
     assert len(CASES) == 34
     network = Network(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, CLASSES)))
     covered: set[type] = set()
@@ -355,6 +358,33 @@ class DefaultDevice(Faulty):
         return told._replace(shift=told.shift + torch.zeros(self.network.channels))
 
 
+class NamesNoLeaf(Faulty):
+    """A field was renamed, here and not there."""
+
+    def merging(self) -> Merging:
+        return super().merging().joined(Merging((Totals(("steps",)),)))
+
+
+class NamesALeafTwice(Faulty):
+    def merging(self) -> Merging:
+        return super().merging().joined(Merging((Totals(("seen",)),)))
+
+
+class MergesByTurns(Faulty):
+    def merging(self) -> Merging:
+        self.calls += 1
+        rule: Any = Steps if self.calls % 2 else Totals
+        return Merging((rule(("params",), "seen") if rule is Steps else rule(("params",)),))
+
+
+class CountsItsParameters(Faulty):
+    """Each replica's whole step is taken."""
+
+    def merging(self) -> Merging:
+        others = tuple(rule for rule in super().merging().rules if rule.leaves != ("params",))
+        return Merging((Totals(("params",)), *others), super().merging().local)
+
+
 FAULTS: list[tuple[str, Any]] = [
     ("init_is_constant", InitRemembers),
     ("init_is_constant", InitIsRandom),
@@ -385,6 +415,11 @@ FAULTS: list[tuple[str, Any]] = [
     ("device_and_dtype_come_from_tensors", DefaultDtype),
     ("device_and_dtype_come_from_tensors", DefaultDevice),
     ("learns_as_promised", Source),
+    ("merging_takes_a_contribution_once", NamesNoLeaf),
+    ("merging_order_does_not_matter", MergesByTurns),
+    ("learning_nothing_merges_to_nothing", NamesALeafTwice),
+    ("merging_alone_is_exact", NamesNoLeaf),
+    ("merging_does_not_overshoot", CountsItsParameters),
 ]
 
 
@@ -400,7 +435,7 @@ def test_a_fault_breaks_its_law(law: str, fault: Any, build: Build, images: Imag
 
 def test_every_law_has_a_fault_that_breaks_it() -> None:
     assert {law for law, _ in FAULTS} == set(LAWS)
-    assert len(FAULTS) == 29
+    assert len(FAULTS) == 34
 
 
 @pytest.mark.parametrize("law", LAWS)

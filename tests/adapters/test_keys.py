@@ -12,7 +12,7 @@ from adapters.keys import Keys, KeysConfig, KeysPrior, fit_keys, levels_of
 def line(*centres: tuple[float, ...]) -> Keys:
     """One codebook that sees one feature as it is, with these centres, level by level."""
     config = KeysConfig(codebooks=1, branches=(2, 2), key_dim=1, components=1)
-    seen = Keys(_prior(centres), config)._projection.item()  # of its only feature
+    seen = Keys(_prior(centres), config).projection.item()  # of its only feature
     return Keys(_prior([tuple(seen * c for c in level) for level in centres]), config)
 
 

@@ -235,11 +235,40 @@ def test_down_asks_which_of_several(command, stand_in):
     assert "http://127.0.0.1:1 " in command("status")[1]
 
 
-def test_up_refuses_a_port_where_one_runs_already(command, config, stand_in):
+@pytest.mark.parametrize("message", ["", "the model `traffic` does not start"])
+def test_up_lets_a_server_that_runs_go_over_to_the_configuration(command, config, stand_in, monkeypatch, message):
     stand_in(8123)
-    code, said, told = command("up", config(GOOD), "--detach")
-    assert (code, said) == (2, "")
-    assert told == "error a tta-serve already runs on port 8123; `tta-serve down --port 8123` stops it\n"
+    asked = []
+    ask_for = RunFolder.ask_for
+
+    def answered(folder, path):
+        update = ask_for(folder, path)
+        status = folder.read()
+        assert folder.take_update(status) == update
+        asked.append(update)
+        folder.write(status._replace(update=update.id, message=message))
+        assert folder.take_update(folder.read()) is None
+        return update
+
+    monkeypatch.setattr(RunFolder, "ask_for", answered)
+    path = config(GOOD)
+    code, said, told = command("up", path, "--detach")
+    (update,) = asked
+    assert (update.config, update.folder) == (str(path.absolute()), str(Path.cwd()))
+    if message:
+        assert (code, said) == (2, "")
+        assert told == f"error {message}\n"
+    else:
+        assert code == 0
+        assert said.startswith("ready http://127.0.0.1:8123\n")
+
+
+def test_up_gives_up_on_a_server_that_does_not_answer(command, config, stand_in, monkeypatch):
+    monkeypatch.setattr(cli, "START_WAIT_S", 0.2)
+    stand_in(8123)
+    code, _, told = command("up", config(GOOD))
+    assert code == 2
+    assert "did not go over to" in told
 
 
 def test_demo_refuses_a_server_without_the_digits(command, run_folders):

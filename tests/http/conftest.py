@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tta_serve import translators
 from tta_serve.bodylimit import BodyLimit
 from tta_serve.builtin import digits
-from tta_serve.config import LimitSettings, ModelSettings, Tokens
+from tta_serve.config import LimitSettings, ModelSettings, StoreSettings, Tokens
 from tta_serve.detection_service import DetectionService
 from tta_serve.front import front_app
 from tta_serve.http import ModelRoutes, model_app
@@ -76,13 +76,15 @@ async def _serving(
     admin_token: str | None = None,
     tenants: Mapping[str, str] | None = None,
     store: Path | None = None,
+    replica: str = "r1",
     **model: Any,
 ) -> AsyncIterator[Server]:
     settings = ModelSettings.model_validate({"name": "digits", "source": {"builtin": "digits"}, **model})
     checked = LimitSettings.model_validate(limits or {})
     tokens = Tokens(infer=infer_token, admin=admin_token, tenants=tenants or {})
+    kept = None if store is None else StoreSettings(path=str(store), sync_interval_s=0.1)
     service = build_service(
-        settings, checked, models_on_node=1, replica="r1", store=store, tenants=frozenset(tokens.tenants)
+        settings, checked, models_on_node=1, replica=replica, store=kept, tenants=frozenset(tokens.tenants)
     )
     assert isinstance(service, Service)
     app = model_app(ModelRoutes("digits", lambda: service, tokens), service)
@@ -116,7 +118,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def serving() -> Serving:
-    """`async with serving(**settings of the model, limits=…, infer_token=…, admin_token=…, tenants=…, store=…)`."""
+    """`async with serving(**settings of the model, limits=…, *_token=…, tenants=…, store=…, replica=…)`."""
     return _serving
 
 

@@ -31,10 +31,12 @@ def telling(serving, tmp_path_factory) -> Telling:
 
     @asynccontextmanager
     async def make(store: Path, **more: Any) -> AsyncIterator[Any]:
+        folder = store / "digits"
+        folder.mkdir(exist_ok=True)
         for file in keys.iterdir():
-            shutil.copy(file, store)
+            shutil.copy(file, folder)
         async with serving(**{**LEARNS, "admin_token": "boss", "store": store, **more}) as server:
-            for file in store.glob("*.safetensors"):
+            for file in folder.glob("*.safetensors"):
                 shutil.copy(file, keys)
             yield server
 
@@ -385,7 +387,7 @@ async def test_what_was_deleted_is_not_in_the_files(telling, tmp_path, glyphs):
         code = server.service.engine.heads.feedback.entries(stream="secret-stream-x")[0].code
 
         def found(needle: bytes) -> bool:
-            return any(needle in file.read_bytes() for file in tmp_path.iterdir())
+            return any(needle in file.read_bytes() for file in (tmp_path / "digits").iterdir())
 
         assert all(map(found, (b"secret-label", b"secret-id", code)))
         receipt = (await server.client.delete(f"{MODEL}/streams/secret-stream-x", headers=BOSS)).json()["receipt"]
@@ -406,7 +408,7 @@ async def test_a_restart_keeps_all(telling, tmp_path, glyphs, held_out):
         before = [(await logits(server, x, stream))[0] for stream in ("a", "b", "c")]
     async with telling(tmp_path) as server:
         listed = (await server.client.get(f"{MODEL}/streams")).json()["streams"]
-        assert [each["stream"] for each in listed] == ["a", "b"]
+        assert [each["stream"] for each in listed] == ["a", "b", "c"]
         assert [(await logits(server, x, stream))[0] for stream in ("a", "b", "c")] == before
         assert await labels(server, "a") == [*OWN, "glyph", "mark"]
         assert await labels(server, "c") == [*OWN, "mark"]

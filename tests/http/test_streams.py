@@ -73,8 +73,8 @@ async def test_streams_are_listed_by_page(serving, held_out):
 async def test_a_stream_is_viewed(commanded):
     shown = await view(commanded, "seen")
     assert list(shown) == [
-        *("stream", "mode", "version", "incarnation", "steps", "seen", "reliable", "selected", "selected_share"),
-        *("refused", "trips", "frozen", "gated", "entropy", "drift", "flip_rate", "forgetting"),
+        *("stream", "mode", "version", "unsynced", "incarnation", "steps", "seen", "reliable", "selected"),
+        *("selected_share", "refused", "trips", "frozen", "gated", "entropy", "drift", "flip_rate", "forgetting"),
         *("forgetting_standard_error", "pending_rows", "versions", "resident", "state_bytes"),
     ]
     assert (shown["stream"], shown["mode"], shown["version"], shown["seen"]) == ("seen", "sync", 1, 16)
@@ -93,9 +93,9 @@ async def test_a_history_has_times_versions_and_events(serving, held_out):
         await command(server, "cam", "rollback", json={"version": 0})
         history = (await server.client.get(f"{STREAMS}/cam/history")).json()
     assert list(history) == ["stream", "version", "versions", "events"]
-    assert (history["stream"], history["version"], history["versions"]) == ("cam", 2, [0])
+    assert (history["stream"], history["version"], history["versions"]) == ("cam", 4, [0])
     told = [(event["version"], event["what"]) for event in history["events"]]
-    assert told == [(0, "begun"), (1, "frozen: by hand"), (1, "resumed"), (2, "rolled back to 0: by hand")]
+    assert told == [(0, "begun"), (2, "frozen: by hand"), (3, "resumed"), (4, "rolled back to 0: by hand")]
     assert all(re.fullmatch(RFC_3339, event["at"]) for event in history["events"])
     times = [datetime.fromisoformat(event["at"]) for event in history["events"]]
     assert began <= times[0] <= times[-1] <= datetime.now(UTC)
@@ -119,11 +119,11 @@ async def test_a_frozen_stream_answers_as_it_did_and_counts_what_it_skips(comman
     before = await answer_of(commanded, held_out, "cold")
     skipped = await metric(commanded, "tta_skipped_rows_total", 'reason="frozen"')
     frozen = await command(commanded, "cold", "freeze")
-    assert (frozen.status_code, frozen.json()["frozen"], frozen.json()["version"]) == (200, True, 1)
+    assert (frozen.status_code, frozen.json()["frozen"], frozen.json()["version"]) == (200, True, 2)
     for at in (16, 32, 48):
         await teach(commanded, held_out, "cold", at)
         version, answer = await answer_of(commanded, held_out, "cold")
-        assert version == before[0]
+        assert version == 2
         assert (answer == before[1]).all()
     assert (await view(commanded, "cold"))["seen"] == 16
     assert await metric(commanded, "tta_skipped_rows_total", 'reason="frozen"') == skipped + 48
@@ -132,7 +132,7 @@ async def test_a_frozen_stream_answers_as_it_did_and_counts_what_it_skips(comman
     assert (resumed.status_code, resumed.json()["frozen"]) == (200, False)
     await teach(commanded, held_out, "cold", 16)
     shown = await view(commanded, "cold")
-    assert (shown["version"], shown["seen"]) == (2, 32)
+    assert (shown["version"], shown["seen"]) == (4, 32)
 
 
 async def test_a_frozen_stream_may_wait_out_of_memory(serving, held_out):
@@ -144,7 +144,7 @@ async def test_a_frozen_stream_may_wait_out_of_memory(serving, held_out):
         shown = await view(server, "cold")
         assert (shown["resident"], shown["state_bytes"], shown["frozen"]) == (False, 0, True)
         version, answer = await answer_of(server, held_out, "cold")
-        assert version == before[0]
+        assert version == before[0] + 1
         assert (answer == before[1]).all()
         assert not (await view(server, "other"))["resident"]
 

@@ -127,7 +127,8 @@ def test_lessons_of_another_life_and_of_frozen_streams(engine: Callable[..., Det
     mine.streams.freeze("a")
     assert [done.result for done in mine.aligner.learn(waiting)] == ["frozen"]
     assert look(mine, DARK[:2]).lessons == ()  # none is made where nothing is learned
-    assert mine.streams.record("a").version == 0
+    record = mine.streams.record("a")
+    assert (record.version, record.steps, record.seen) == (1, 0, 0)  # freezing is a version, and no step
 
 
 def test_a_reset_forgets_everything(engine: Callable[..., DetectionEngine]) -> None:
@@ -159,7 +160,9 @@ def test_what_is_not_finite_is_refused(engine: Callable[..., DetectionEngine]) -
     teach(mine, DARK[:8])
     (lesson,) = look(mine, DARK[:2]).lessons
     answer, known = look(mine, DARK[8:9]).detections, tree.encode(mine.streams.state("a"))
-    broken = Lesson(torch.full_like(lesson.x, torch.nan), "b", mine.streams.open("b").incarnation, 0)
+    begun = mine.streams.begin("b")
+    assert begun is not None
+    broken = Lesson(torch.full_like(lesson.x, torch.nan), "b", begun.incarnation, 0)
     (done,) = mine.aligner.learn([broken])
     assert (done.result, done.trips) == ("refused", ("non_finite",))
     assert all(torch.equal(leaf, known[name]) for name, leaf in tree.encode(mine.streams.state("a")).items())
@@ -181,7 +184,7 @@ def test_a_step_of_one_stream_while_another_row_is_written(
 
     def write_meanwhile(self: Any, *given: Any) -> Any:
         table = mine.streams._table
-        table.write([mine.streams.record("b").row or 0], tree.stack([optim.rest(mine.streams.state("b"))]))
+        table.write([mine.streams.record("b").row], tree.stack([optim.rest(mine.streams.state("b"))]))
         return forward(self, *given)
 
     (lesson,) = look(mine, DARK[2:4], "a").lessons

@@ -15,12 +15,12 @@ from adapters.forgetting import Forgetting
 from tta_serve import building
 from tta_serve.building import build_engine
 from tta_serve.builtin import digits
-from tta_serve.config import ModelSettings
+from tta_serve.config import ModelSettings, StoreSettings
 from tta_serve.engine import Engine, Query
 from tta_serve.errors import ConfigError
 from tta_serve.models import LoadedModel
 from tta_serve.monitor import Monitor
-from tta_serve.snapshots import Folder
+from tta_serve.store_building import STATES_FILE
 
 Settings = Callable[..., ModelSettings]
 
@@ -160,12 +160,31 @@ def test_rows_are_taken_from_all_over() -> None:
 
 
 def test_states_are_written_where_nobody_else_reads(model_settings: Settings, tmp_path: Path) -> None:
-    folder = tmp_path / "states" / "m" / "r"
     settings = model_settings(streams={"resident": 1}, adaptation={"mode": "sync"})  # which needs no drift prior
-    engine, _ = build_engine(settings, folder=folder)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert isinstance(engine.streams._snapshots, Folder)
+    store = StoreSettings(path=str(tmp_path / "states"))
+    engine, _ = build_engine(settings, store=store)
     for number, stream in enumerate("ab"):
         x = torch.full((1, 3, 32, 32), 0.3 * number)
         engine.learn([lesson for _, lesson in engine.predict([Query(x, stream)])])
-    assert [path.name for path in folder.rglob("*.safetensors")] == ["1.safetensors"]
+    engine.streams.flush()
+    file = tmp_path / "states" / "m" / STATES_FILE
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    engine.streams.durable.store.close()
+    again, _ = build_engine(settings, store=store)
+    assert [again.streams.record(stream).version for stream in "ab"] == [1, 1]
+    again.streams.durable.store.close()
+
+
+def test_another_adapter_is_another_generation(model_settings: Settings, tmp_path: Path) -> None:
+    store = StoreSettings(path=str(tmp_path))
+    found = {}
+    for name, more in {
+        "eata": {},
+        "the same": {"batching": {"rows_max": 3}},
+        "another rate": {"adapter": {"eata": {"learning_rate": 1e-4}}},
+    }.items():
+        engine, _ = build_engine(model_settings(adaptation={"mode": "sync"}, **more), store=store)
+        found[name] = engine.streams.durable._generation
+        engine.streams.durable.store.close()
+    assert found["eata"] == found["the same"] != found["another rate"]

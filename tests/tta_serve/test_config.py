@@ -56,7 +56,8 @@ def test_a_short_file_has_good_defaults(write: Callable[[str], Path]) -> None:
     assert (model.replicas, model.device, model.threads) == (1, "auto", "auto")
     assert model.streams.model_dump() == {"max": 10_000, "resident": 1024, "new_per_minute": 600}
     assert settings.auth.tenants == {}
-    assert settings.store.path == Path("tta-state")
+    assert settings.store.model_dump() == {"path": "tta-state", "sync_interval_s": 1.0}
+    assert settings.store.folder == Path("tta-state")
 
 
 def test_a_long_file_is_read_in_full(write: Callable[[str], Path], tmp_path: Path) -> None:
@@ -239,8 +240,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_store_is_a_folder_that_need_not_be_there(write: Callable[[str], Path], tmp_path: Path) -> None:
     settings = load(write(f"store: {{path: {tmp_path}/state}}\nmodels: [{{name: m, {DIGITS}}}]"))
-    assert settings.store.path == tmp_path / "state"
-    assert not settings.store.path.exists()
+    assert settings.store.folder == tmp_path / "state"
+    assert not settings.store.folder.exists()
+
+
+def test_replicas_share_the_store(one: Callable[[str], Any]) -> None:
+    assert one(f"{DIGITS}, replicas: 3").replicas_max == 3
+    scaled = one(f"{DIGITS}, autoscaling: {{min_replicas: 2, max_replicas: 5}}")
+    assert (scaled.replicas_max, scaled.autoscaling.min_replicas) == (5, 2)
+    assert one(f"{SCENES}, replicas: 2, adapter: {{modtr: {{learns: stream}}}}").replicas_max == 2
 
 
 @pytest.mark.parametrize(
@@ -373,7 +381,9 @@ def test_problems_of_the_whole_file(problems: Callable[[str], list[str]], text: 
         (f"{DIGITS}, adapter: {{source: false}}", "adapter.source: Input should be True, not False"),
         (f"{DIGITS}, adapter: tent", "adapter: Input should be a valid dictionary"),
         (f"{DIGITS}, adapter: {{tent: {{}}}}", "adapter.tent: there is no such key"),
-        (f"{DIGITS}, replicas: 2", "replicas: 2 need a durable store that they share, which is not built yet; use 1"),
+        (f"{DIGITS}, replicas: 2, adaptation: {{mode: sync}}", "adaptation.mode: sync is one replica's protocol"),
+        (f"{DIGITS}, replicas: 2, autoscaling: {{max_replicas: 3}}", "give either replicas or autoscaling"),
+        (f"{DIGITS}, autoscaling: {{min_replicas: 4, max_replicas: 3}}", "autoscaling: min_replicas 4 is above max"),
         (f"{DIGITS}, replicas: 0", "replicas: Input should be greater than or equal to 1, not 0"),
         (f"{DIGITS}, weights: COCO", "a built-in model brings its own weights; remove `weights`"),
         ("source: {python: 'a:b'}", "a model from python needs `input: {size: [height, width]"),
@@ -602,7 +612,7 @@ def test_a_detector_in_full(one: Callable[[str], Any], tmp_path: Path) -> None:
         (f"{SCENES}, adaptation: {{mode: sync}}", "adaptation: a detector has no mode sync"),
         (f"{SCENES}, task: classification", "task: this source is a detector"),
         (f"{SCENES}, weights: COCO_V1", "a built-in model brings its own weights"),
-        (f"{SCENES}, replicas: 2", "replicas: 2 need a durable store"),
+        (f"{SCENES}, replicas: 2", "replicas: what feedback teaches the weights that a modality's streams share stays"),
         (f"{SCENES}, adapter: source, translators: {{ir: FILE}}", "translators: only the adapter modtr uses them"),
         (f"{DIGITS}, task: detection", "task: builtin/digits is no detector"),
         (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from adapters import tree
+from adapters import optim, tree
 from adapters.detection import Boxes, Detections
 from adapters.modtr import ModTrState
 from adapters.translator import TranslatorConfig
@@ -24,9 +24,12 @@ from tta_serve.box_lessons import Shown, Taught
 from tta_serve.builtin import scene_detector, scenes
 from tta_serve.coco import Example
 from tta_serve.config import ModTrSettings
-from tta_serve.detection import DetectionEngine, Found, Sight
+from tta_serve.detection import DetectionEngine, Found, Sight, init_of, merging_of
 from tta_serve.detectors import Detector
+from tta_serve.durable import Durable
+from tta_serve.memory_store import MemoryStore
 from tta_serve.modalities import Modality
+from tta_serve.sqlite_store import SQLiteStore
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SPOT = Boxes(torch.tensor([[4.0, 2.0, 10.0, 8.0]]), torch.tensor([1]))
@@ -75,7 +78,7 @@ def score(engine: DetectionEngine, stream: str, modality: str = "ir") -> float:
 
 
 def teach(engine: DetectionEngine, stream: str, boxes: Boxes = SPOT, modality: str = "ir") -> Taught:
-    engine.streams.open(stream)
+    engine.streams.begin(stream)
     incarnation = engine.streams.record(stream).incarnation
     return engine.boxes.learn(Shown((IR,), (boxes,), modality, stream, incarnation))
 
@@ -339,7 +342,7 @@ def test_a_frozen_stream_teaches_nobody(engine: Make) -> None:
 
 def test_images_of_several_sizes_are_as_many_steps(engine: Make) -> None:
     mine = engine("ir")
-    mine.streams.open("a")
+    mine.streams.begin("a")
     other = spots.tensor(spots.infrared(size=(20, 16)))
     lesson = Shown((IR, other, IR), (SPOT, SPOT, NOTHING), "ir", "a", mine.streams.record("a").incarnation)
     done = mine.boxes.learn(lesson)
@@ -374,7 +377,7 @@ def test_a_stream_that_was_reset_answers_as_new(engine: Make) -> None:
 def test_a_loss_that_is_no_number_changes_nothing(engine: Make) -> None:
     mine = engine("ir", "uv")
     before = score(mine, "a")
-    mine.streams.open("a")
+    mine.streams.begin("a")
     halves, shared = own(mine, "a"), weights(mine)
     mine.detector.model.factor.fill_(torch.nan)
     done = teach(mine, "a")
@@ -467,11 +470,19 @@ def test_answers_are_of_one_version(engine: Make) -> None:
         assert one[1] <= other[1]
 
 
-def test_states_survive_being_written_out(engine: Make) -> None:
+@pytest.mark.parametrize("kept", ["memory", "sqlite"])
+def test_states_survive_making_room_and_a_restart(tmp_path: Path, kept: str) -> None:
     detector = Detector(spots.build()).freeze()
     chosen = ModTrSettings(learns="stream", stream_learning_rate=1e-2)
     known: Mapping[str, Modality] = {"ir": modalities.begin(spots.translator_file(), detector, chosen)}
-    mine = DetectionEngine(detector, known, chosen, "0" * 16, streams_max=20, resident=1)
+    store = MemoryStore() if kept == "memory" else SQLiteStore(tmp_path / "states.db", "model", "0")
+    init = tree.encode(optim.rest(init_of(known, None)))
+
+    def begun() -> DetectionEngine:
+        durable = Durable(store, init=init, merging=merging_of(known, None))
+        return DetectionEngine(detector, known, chosen, "0" * 16, streams_max=20, resident=1, durable=durable)
+
+    mine = begun()
     expected: dict[str, float] = {}
     lessons: Sequence[Boxes] = (SPOT, NOTHING, SPOT)
     for count, stream in enumerate("abc", 1):
@@ -479,5 +490,9 @@ def test_states_survive_being_written_out(engine: Make) -> None:
             teach(mine, stream, boxes)
         expected[stream] = score(mine, stream)
     assert len(set(expected.values())) == 3
-    assert mine.streams.record("a").row is None
+    assert mine.streams.names() == ["c"]
     assert {stream: score(mine, stream) for stream in "abc"} == expected
+    mine.streams.flush()
+    again = begun()
+    assert {stream: score(again, stream) for stream in "abc"} == expected
+    store.close()

@@ -14,7 +14,7 @@ from torch import nn
 
 from tta_serve import detector_models, translators
 from tta_serve.builtin import scene_detector, scenes
-from tta_serve.config import ModelSettings
+from tta_serve.config import ModelSettings, StoreSettings
 from tta_serve.detection import DetectionEngine, Sight
 from tta_serve.detection_building import build_detection_engine
 from tta_serve.errors import ConfigError
@@ -60,7 +60,7 @@ def test_a_detector_behind_its_translators(settings: Any, saved: Any, tmp_path: 
     known = {"ir": str(saved("ir")), "uv": {"file": str(saved("uv"))}}
     modtr = {"stream_learning_rate": 0.02, "modality_learning_rate": 0.004}
     asked = settings(translators=known, adapter={"modtr": modtr}, streams={"max": 7, "resident": 3}, threads=1)
-    engine, loaded = build_detection_engine(asked, folder=tmp_path / "states")
+    engine, loaded = build_detection_engine(asked, store=StoreSettings(path=str(tmp_path / "states")))
     assert names(engine) == ["ir", "uv"]
     assert engine.digest == loaded.digest == spots.translator_file().detector
     assert loaded.labels == spots.LABELS
@@ -68,10 +68,12 @@ def test_a_detector_behind_its_translators(settings: Any, saved: Any, tmp_path: 
     assert (ir.modtr.config.learning_rate, ir.shared.config.learning_rate, ir.probe) == (0.02, 0.004, None)
     assert (engine.streams.streams_max, engine.streams.resident, engine.threads) == (7, 3, 1)
     assert engine.streams.names() == []  # nothing is left of the trial
-    assert (tmp_path / "states").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "states" / asked.name).stat().st_mode & 0o077 == 0
+    assert engine.streams.durable.store.count() == 0  # nor in the store
     (found,) = engine.predict([Sight((spots.tensor(spots.infrared()),), ("ir",), "a")])
     assert found.detections is not None
     assert found.detections[0].boxes.tolist() == [[4, 2, 10, 8]]
+    engine.streams.durable.store.close()
 
 
 def test_without_translators(settings: Any) -> None:

@@ -149,7 +149,7 @@ def test_each_image_is_recognised_by_itself(service: Make) -> None:
         confidences = [each.confidence for each in found.routing]
         assert confidences == pytest.approx([0.993307, 1.0, 0.993307], abs=1e-4)
         assert found.sizes == ((12, 16),) * 3
-        assert (found.adapted, found.version) == (True, 0)
+        assert (found.adapted, found.version) == (True, "0")
         as_floats = await mine.predict([IR.float() / 255], "a", id="p")
         assert as_floats.routing[0].modality == "ir"
 
@@ -272,7 +272,7 @@ def test_feedback_is_in_effect_when_it_is_answered(service: Make) -> None:
             assert done.stream is not None
             assert done.stream.result == "applied"
             after = await mine.predict([IR], "a", id="q")
-            assert (before.version, after.version) == (number, number + 1)
+            assert (before.version, after.version) == (str(number), str(number + 1))
             assert score(after) < score(before)
         assert value(mine, "tta_steps_total", result="applied") == 3
         assert value(mine, "tta_learned_rows_total") == 3

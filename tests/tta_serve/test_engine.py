@@ -113,7 +113,7 @@ def test_learning_publishes_one_version_and_counts(engine: Make, rows: Rows) -> 
     assert (learned.stream, learned.seen, learned.selected, learned.result) == ("a", 3, 3, "applied")
     after = mine.streams.record("a")
     assert after == before._replace(
-        row=after.row, version=1, steps=1, seen=3, reliable=3, selected=3, entropy=learned.entropy
+        row=after.row, version=1, unsynced=1, steps=1, seen=3, reliable=3, selected=3, entropy=learned.entropy
     )
     assert (before.row, after.row) == (0, 1)
     assert 0 < learned.entropy < np.log(3)
@@ -160,7 +160,7 @@ def test_reset_gives_the_first_state_bit_for_bit(engine: Make, rows: Rows) -> No
     for start in range(3):
         teach(mine, rows(8, start), "a")
     old = mine.streams.record("a")
-    new = mine.streams.reset("a")
+    new, _ = mine.streams.reset("a")
     assert new == mine.streams.record("a")
     assert same(mine.streams.state("a"), mine.pipeline.init())
     assert new.incarnation > old.incarnation
@@ -178,7 +178,7 @@ def test_lessons_of_an_earlier_life_teach_nothing(engine: Make, rows: Rows, how:
     else:
         mine.streams.delete("a")
     if how == "delete and begin again":
-        mine.streams.open("a")
+        mine.streams.begin("a")
     learned = {each.stream: each for each in mine.learn([old, mate])}
     assert (learned["a"].result, learned["a"].seen, learned["a"].selected) == ("stale", 4, 0)
     assert learned["b"].result == "applied"
@@ -234,14 +234,14 @@ def test_a_forward_keeps_the_state_that_it_began_with(engine: Make, rows: Rows) 
 def test_so_many_streams_and_no_more(engine: Make, rows: Rows) -> None:
     mine = engine(streams_max=2)
     for stream in "ab":
-        mine.streams.open(stream)
+        mine.streams.begin(stream)
     with pytest.raises(Overloaded) as caught:
-        mine.streams.open("c")
+        mine.streams.begin("c")
     assert str(caught.value) == "there are 2 streams, the limit (streams.max); delete one before beginning 'c'"
     assert caught.value.retry_after_s > 0
     assert len(logits(mine, rows(1), "a")) == 1  # those that exist are served
     mine.streams.delete("b")
-    assert mine.streams.open("c").version == 0
+    assert mine.streams.begin("c") == mine.streams.record("c")
     assert mine.streams.names() == ["a", "c"]
 
 
@@ -252,13 +252,20 @@ def test_streams_that_do_not_exist(engine: Make) -> None:
             call("x")
 
 
-def test_every_life_has_its_own_number(engine: Make) -> None:
+def test_every_life_of_a_stream_has_its_own_number(engine: Make) -> None:
     mine = engine()
-    seen = [mine.streams.open("a").incarnation, mine.streams.open("b").incarnation, mine.streams.reset("a").incarnation]
-    mine.streams.delete("b")
-    seen.append(mine.streams.open("b").incarnation)
-    assert len(set(seen)) == 4
-    assert mine.streams.open("a") == mine.streams.record("a")
+
+    def begin() -> int:
+        begun = mine.streams.begin("a")
+        assert begun == mine.streams.record("a")
+        return begun.incarnation
+
+    seen = [begin(), mine.streams.reset("a")[0].incarnation, mine.streams.rollback("a", 0)[0].incarnation]
+    mine.streams.delete("a")
+    seen.append(begin())
+    mine.streams.delete("a")
+    seen.append(begin())
+    assert seen == [1, 2, 3, 4, 5]
 
 
 def test_an_update_that_is_not_finite_is_refused_and_the_stream_pulled_back(engine: Make, rows: Rows) -> None:
@@ -292,7 +299,7 @@ def test_with_the_requests_own_statistics_a_row_that_is_not_finite_spoils_its_ma
 def test_bytes_are_those_of_streams_that_have_learned(engine: Make, rows: Rows) -> None:
     mine = engine()
     for stream in "abc":
-        mine.streams.open(stream)
+        mine.streams.begin(stream)
     assert mine.streams.bytes() == mine.streams.bytes_of("a") == 0  # they share init()
     teach(mine, rows(4), "a")
     one = tree.nbytes(mine.pipeline.init()) + 8  # beside the moments lies their number of steps
@@ -338,8 +345,8 @@ def test_predicting_and_learning_at_once_leave_consistent_records(engine: Make, 
     mine = engine()
     steps, x = 40, rows(3)
     lessons = [rows(8, start) for start in range(steps)]
-    mine.streams.open("a")
-    mine.streams.open("b")
+    mine.streams.begin("a")
+    mine.streams.begin("b")
     answers: list[tuple[int, np.ndarray]] = []
     failures: list[BaseException] = []
     done = threading.Event()

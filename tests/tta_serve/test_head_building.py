@@ -19,7 +19,7 @@ from adapters.kv_gradient import KVGradient
 from adapters.ridge import Ridge
 from tta_serve import head_building
 from tta_serve.building import build_engine
-from tta_serve.config import ModelSettings
+from tta_serve.config import ModelSettings, StoreSettings
 from tta_serve.errors import ConfigError
 from tta_serve.head_building import build_heads
 from tta_serve.heads import Heads, Told
@@ -242,9 +242,10 @@ def test_images_are_looked_at_a_few_at_a_time(build: Build, tmp_path: Path, monk
 
 def test_digits_bring_their_own_images(model_settings: Callable[..., ModelSettings], tmp_path: Path) -> None:
     settings = model_settings(adapter={"kv_bottleneck": SMALL})
-    engine, _ = build_engine(settings, store=tmp_path)
+    engine, _ = build_engine(settings, store=StoreSettings(path=str(tmp_path)))
     assert engine.heads is not None
     assert engine.heads.view("s") is engine.heads.untold
     engine.heads.close()
+    assert {path.name for path in (tmp_path / "m").iterdir()} >= {"feedback.db"}
     with pytest.raises(ConfigError, match=r"models\.m: kv_bottleneck needs store\.path"):
         build_engine(settings)

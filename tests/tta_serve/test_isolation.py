@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from adapters import Moments, Pipeline, optim, tree
 from tta_serve import table as table_module
+from tta_serve.durable import Durable
 from tta_serve.engine import Engine, Query
 from tta_serve.judging import Learned
 from tta_serve.learner import OBSERVED_MAX, Learner, Pools
 from tta_serve.lessons import Lesson
-from tta_serve.snapshots import Folder
+from tta_serve.memory_store import MemoryStore
+from tta_serve.sqlite_store import SQLiteStore
+from tta_serve.store import Store
 
 Rows = Callable[..., Tensor]
 Make = Callable[..., Engine]
@@ -26,11 +29,14 @@ quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 
 @pytest.fixture
 def engine(pipeline: Callable[..., Pipeline]) -> Make:
-    """`engine(resident=50, snapshots=None, **eata)`: around the small network, with steps as the server takes them."""
+    """`engine(resident=50, store=None, **eata)`: around the small network, with steps as the server takes them."""
 
-    def make(resident: int = 50, snapshots: Folder | None = None, **config: Any) -> Engine:
+    def make(resident: int = 50, store: Store | None = None, **config: Any) -> Engine:
         own = {"source_pull": 0.02, "full_step_rows": 8, "redundancy_margin": 0.9, "entropy_margin": 1.2, **config}
-        return Engine(pipeline(**own), torch.device("cpu"), 50, resident=resident, snapshots=snapshots)
+        around = pipeline(**own)
+        init = tree.encode(optim.rest(around.init()))
+        durable = Durable(store, init=init, merging=around.merging()) if store else None
+        return Engine(around, torch.device("cpu"), 50, resident=resident, durable=durable)
 
     return make
 
@@ -130,9 +136,11 @@ def test_two_interleaved_streams_end_where_each_ends_alone(
         close(together, alone[stream], stream, tolerance=1e-9)
 
 
-def test_also_where_they_come_and_go(engine: Make, rows: Rows, tmp_path: Any) -> None:
+@pytest.mark.parametrize("kept", ["memory", "sqlite"])
+def test_also_where_they_come_and_go(engine: Make, rows: Rows, tmp_path: Any, kept: str) -> None:
     """Five streams, two of them resident, against five that are never out, whose moments begin anew as often."""
-    coming, staying = engine(2, Folder(tmp_path)), engine()
+    store = MemoryStore() if kept == "memory" else SQLiteStore(tmp_path / "states.db", "model", "0")
+    coming, staying = engine(2, store), engine()
     for number in range(6):
         for stream in "abcde":
             query = Query(rows(8, number + ord(stream)), stream)
@@ -144,6 +152,7 @@ def test_also_where_they_come_and_go(engine: Make, rows: Rows, tmp_path: Any) ->
     assert len(coming.streams._recency) == 2
     for stream in "abcde":
         close(coming, staying, stream, moments=False)
+    store.close()
 
 
 def test_moments_that_are_kept_are_each_streams_own(engine: Make, rows: Rows) -> None:

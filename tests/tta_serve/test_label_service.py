@@ -25,9 +25,8 @@ from tta_serve.heads import Heads
 from tta_serve.label_service import Label, Taken, label_of
 from tta_serve.learner import Pools
 from tta_serve.metrics import Metrics
-from tta_serve.model_service import Limits
+from tta_serve.model_service import Commanded, Deleted, Limits
 from tta_serve.models import InputSpec
-from tta_serve.receipts import Receipt
 from tta_serve.remembered import Key, Memory, Remembered
 from tta_serve.service import Service
 
@@ -434,7 +433,7 @@ def test_a_model_that_learns_from_no_labels(service: Make, rows: Rows) -> None:
             with pytest.raises(InvalidInput, match="this model learns from no labels; give it the adapter kv_bottle"):
                 await call
         await mine.reset("s")
-        assert await mine.delete("s") is None
+        assert (await mine.delete("s")).receipt is None
 
     play(mine, test)
 
@@ -448,10 +447,10 @@ def test_what_is_forgotten_is_gone_from_the_next_answer(service: Make, rows: Row
     async def test() -> None:
         before = await mine.predict(rows(2), "s", id="p")
         await mine.teach([by_id("p", "x"), by_id("p", "y", 1)], "s", "stream")
-        receipt = await mine.forget("s", label="x")
+        receipt = (await mine.forget("s", label="x")).receipt
         assert (receipt.removed, receipt.classes, receipt.verified) == (1, ("x",), True)
         assert (await mine.predict(rows(1), "s")).added == ("y",)
-        receipt = await mine.forget("s", ids=["p"])
+        receipt = (await mine.forget("s", ids=["p"])).receipt
         assert (receipt.removed, receipt.classes) == (1, ("y",))
         after = await mine.predict(rows(2), "s")
         np.testing.assert_array_equal(after.logits, before.logits)
@@ -478,11 +477,11 @@ def test_commands_that_end_a_life_take_its_labels(service: Make, rows: Rows, com
         await mine.teach([by_id("p", "b", 1)], "s", "shared")
         await mine.predict(rows(1), "t", id="q")
         done: Any = await getattr(mine, command)("s")
-        assert isinstance(done, Receipt) == (command == "delete")
+        assert isinstance(done, Deleted if command == "delete" else Commanded)
         assert mine._remembered.images == 1  # of t
         after = await mine.predict(rows(2), "t")
         if command == "delete":
-            assert done.removed == 2
+            assert done.receipt.removed == 2
             np.testing.assert_array_equal(after.logits, before.logits)
         else:
             assert heads_of(mine).view("s").table.classes == (1,)
@@ -597,9 +596,9 @@ def test_labels_told_before_their_stream_is_deleted_go_with_it(service: Make, ro
         deleting = asyncio.ensure_future(mine.delete("s"))
         await until(lambda: queued(mine) == 2)
         go_on.set()
-        taken, receipt = await asyncio.gather(telling, deleting)
-        assert receipt is not None
-        assert (outcomes(taken), receipt.removed) == (["applied"], 1)
+        taken, deleted = await asyncio.gather(telling, deleting)
+        assert deleted.receipt is not None
+        assert (outcomes(taken), deleted.receipt.removed) == (["applied"], 1)
         assert heads_of(mine).feedback.entries() == []
 
     play(mine, test)
@@ -716,7 +715,7 @@ def test_a_restart_knows_all_that_was_told(service: Make, rows: Rows) -> None:
         assert outcomes(await again.teach([by_id("p", "c")], "s", "stream")) == ["repeated"]
         with pytest.raises(NotFound):
             await again.teach([by_id("q")], "s", "stream")
-        receipt = await again.delete("s")
+        receipt = (await again.delete("s")).receipt
         assert receipt is not None
         assert receipt.removed == 2
 

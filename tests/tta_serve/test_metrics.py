@@ -33,7 +33,8 @@ def test_names_say_what_and_in_which_unit() -> None:
         if kind is Histogram:
             assert name.endswith(("_seconds", "_rows", "_streams")), name
         if kind is Gauge:
-            assert name.endswith(("_rows", "_streams", "_bytes", "_nats")), name
+            is_flag = text.endswith(": 1 or 0.")
+            assert is_flag or name.endswith(("_rows", "_streams", "_bytes", "_nats", "_seconds")), name
         assert not {"model", "replica"} & set(labels)
         assert text.endswith(".")
 

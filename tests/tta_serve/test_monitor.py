@@ -213,20 +213,20 @@ def test_a_life_that_ends_while_it_is_checked_teaches_nothing(
     def interrupted(*given: Any) -> Any:
         getattr(mine.streams, how)("a")
         if how == "delete":
-            mine.streams.open("a")
+            mine.streams.begin("a")
         return check(*given)
 
     monkeypatch.setattr(mine._monitor, "check", interrupted)
     learned = teach(mine, like_the_source(0))
     assert (learned.result, learned.seen) == ("stale", 16)
-    assert mine.streams.record("a").version == 0
+    assert mine.streams.record("a").version == (1 if how == "freeze" else 0)
     state = zip(tree.leaves(mine.streams.state("a")), tree.leaves(mine.pipeline.init()), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in state)
 
 
 def test_a_stream_like_the_source_stops_paying_and_goes_on_measuring(watched: Callable[..., Engine]) -> None:
     mine = watched()
-    mine.streams.open("a")
+    mine.streams.begin("a")
     assert mine.reading("a") is None
     until_gated(mine)
     record, state = mine.streams.record("a"), mine.streams.state("a")

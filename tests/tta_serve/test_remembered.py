@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tta_serve.remembered import Key, Memory, Remembered
@@ -90,6 +90,7 @@ steps = st.lists(
 )
 
 
+@settings(deadline=None)  # a busy machine
 @given(steps, st.integers(0, 6), st.integers(0, 900))
 def test_bounds_hold_and_sums_are_right(plan: list[tuple[str, str, int, int]], images_max: int, bytes_max: int) -> None:
     remembered = Remembered(images_max, bytes_max, age_max_s=5)

@@ -161,17 +161,21 @@ def test_the_oldest_events_go() -> None:
 
 def test_what_happened_during_a_step_stands_beside_what_the_step_made() -> None:
     old = StreamRecord(incarnation=1, row=3, version=4, ladder=Ladder(rung=1), events=(Event(1.0, 0, "begun"),))
+    old = old._replace(unsynced=2)
+    # frozen by a command, which makes a version of its own; and the store has all of it
     present = old._replace(
-        frozen=True, row=None, written=4, kept=(4,), events=(*old.events, Event(2.0, 4, "frozen: by hand"))
+        frozen=True, version=5, unsynced=0, rebased=1, kept=(4,), events=(*old.events, Event(2.0, 4, "frozen: by hand"))
     )
     stepped = old._replace(version=5, steps=9, ladder=Ladder(rung=2), events=(*old.events, Event(3.0, 5, "collapse")))
     found = stepped.caught_up(old, present)
     assert found == stepped._replace(
         frozen=True,
-        written=4,
+        version=6,
+        unsynced=1,
+        rebased=1,
         kept=(4,),
-        events=(Event(1.0, 0, "begun"), Event(3.0, 5, "collapse"), Event(2.0, 4, "frozen: by hand")),
+        events=(Event(1.0, 0, "begun"), Event(2.0, 4, "frozen: by hand"), Event(3.0, 5, "collapse")),
     )
     resumed = old._replace(ladder=Ladder())
     assert stepped.caught_up(old, resumed).ladder == Ladder()
-    assert stepped.caught_up(old, old) == stepped
+    assert stepped.caught_up(old, old) == stepped._replace(unsynced=3)
