@@ -320,9 +320,8 @@ class Durable:
         def gone(_: Head | None, incarnation: int) -> Head:
             return Head(incarnation + 1, 0, {}, None, gone=True)
 
-        self.store.erase_elsewhere(
-            stream
-        )  # first: while the stream is there, a deletion that failed can be tried again
+        # first: while the stream is there, a deletion that failed can be tried again
+        self.store.erase_elsewhere(stream)
         head, number = self._replace(stream, life, gone)
         return head.tag, number
 
