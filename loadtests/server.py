@@ -1,6 +1,8 @@
 """A server of the script's own: configured in a temporary folder, started on a free port, and stopped again."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -119,11 +121,12 @@ def own_server(
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    """A port that nothing listens on now, below those of outgoing connections, one of which could have it next."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise ServerFailed("no port from 20000 to 31999 is free")
 
 
 def _python_path() -> str:

@@ -3,9 +3,11 @@
 Ray reads its settings from the environment when it is imported, so `run` sets them first and imports it then.
 """
 
+import contextlib
 import importlib
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FRONT = "front"
 FLUSH_S = 15.0
+PORTS = range(20_000, 32_000)  # for HAProxy's own; Ray's workers have those below
 CPUS = 1024  # of Ray's books
 POLL_S = 0.1
 START_TIMEOUT_S = 1800.0  # a Fisher diagonal of a large model on a CPU takes many minutes
@@ -219,9 +222,14 @@ def _set_environment(config: Config, folder: Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, below those that systems give to outgoing connections: one of them could have
+    it a second later, when HAProxy starts.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise Unavailable(f"no port from {PORTS.start} to {PORTS.stop - 1} is free for HAProxy's statistics")
 
 
 def _stop_on_signals(stopping: threading.Event) -> None:

@@ -1,6 +1,8 @@
 """Real servers, started by the command as a user does: Ray Serve, HAProxy and all."""
 
+import contextlib
 import json
+import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +24,12 @@ from tta_serve.runfolder import RunFolder
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+        # below those of outgoing connections: one of them could have it before the server starts
+        for port in random.sample(range(20_000, 32_000), 100):
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise AssertionError("no port is free")
 
     return find
 
