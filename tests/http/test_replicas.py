@@ -14,7 +14,11 @@ from tta_serve import model_service
 from tta_serve.errors import Unavailable
 from tta_serve.sqlite_store import SQLiteStore
 
-pytestmark = pytest.mark.anyio
+# two servers for each test; test_durable.py and test_sync.py are quick
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.slow,
+]
 
 MODEL = "/v2/models/digits"
 BOSS = {"authorization": "Bearer boss"}

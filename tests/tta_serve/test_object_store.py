@@ -45,6 +45,8 @@ from tta_serve.object_format import (
 from tta_serve.object_store import ObjectStore
 from tta_serve.store import Changed, Head, Notice, Save
 
+pytestmark = pytest.mark.slow  # a server of S3 in Python
+
 BUCKET = "states"
 folders = count()
 
