@@ -77,6 +77,7 @@ def kill_everything(live: Live) -> None:
     until(lambda: not session(live.pid), 60, "everything is dead")
 
 
+@pytest.mark.timeout(1200)  # seven starts of replicas, one of a node
 def test_streams_outlive_scaling_updates_and_the_death_of_the_node(write_config, held_out):
     images = [picture(255 - image) for image in held_out[0][:64]]
     path, port = write_config(replicas=1)
