@@ -1,11 +1,11 @@
 """What a server says of itself while faults befall it: `ready`, asked again and again."""
 
-import threading
 import time
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import httpx
+
+from loadtests.background import Background
 
 EVERY_S = 0.1
 TIMEOUT_S = 2.0
@@ -24,7 +24,7 @@ class Look(NamedTuple):
         return self.ready and not self.degraded
 
 
-class Readiness:
+class Readiness(Background):
     """A thread that asks, for the length of the block.
 
     Args:
@@ -33,20 +33,9 @@ class Readiness:
     """
 
     def __init__(self, url: str, model: str) -> None:
+        super().__init__("ready")
         self._url = f"{url}/v2/models/{model}/ready"
         self._looks: list[Look] = []
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ready")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._thread.join()
 
     def looks(self) -> list[Look]:
         """All so far."""

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
+from loadtests.background import Background
 from tta_serve.snapshots import Refused, decode
 
 EVERY_S = 0.2
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     snapshot: bytes | None
 
 
-class Watch:
+class Watch(Background):
     """A thread that looks every 0.2 s, for the length of the block.
 
     Args:
@@ -38,6 +38,7 @@ class Watch:
     """
 
     def __init__(self, database: Path, model: str) -> None:
+        super().__init__("watch")
         self.torn: list[str] = []  # what is wrong with each snapshot that is not whole
         self.back: list[str] = []  # each time that a stream went back
         self.looks = 0
@@ -46,18 +47,6 @@ class Watch:
         self._model = model
         self._newest: dict[str, Tag] = {}
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._thread.join()
 
     def look(self) -> Mapping[str, Tag] | None:
         """The streams' present versions, after all checks; None: the file cannot be read now."""

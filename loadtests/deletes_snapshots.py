@@ -6,9 +6,8 @@ Heads, the versions that are kept to roll back to, and the headers inside the sn
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from loadtests.background import Background
 from loadtests.deletes_answers import Floors, Stale
 from tta_serve.errors import NotFound, Unavailable
 from tta_serve.snapshots import read_header
@@ -17,7 +16,7 @@ from tta_serve.state_files import StoredState, list_states, load_snapshot
 EVERY_S = 0.5
 
 
-class Snapshots:
+class Snapshots(Background):
     """A thread that looks again and again, for the length of the block.
 
     Args:
@@ -26,6 +25,7 @@ class Snapshots:
     """
 
     def __init__(self, database: Path, floors: Floors) -> None:
+        super().__init__("snapshots")
         self.stale: list[Stale] = []
         self.checked = 0  # heads and snapshots, each once
         self.looks = 0
@@ -34,18 +34,6 @@ class Snapshots:
         self._floors = floors
         self._seen: set[tuple[str, str, int, int]] = set()  # generation, stream, incarnation, version
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="snapshots")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._thread.join()
 
     def look(self) -> None:
         """Judge all that lies there by what was over before."""

@@ -5,11 +5,12 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tta_serve import audit
 from tta_serve.audit import Execute
 from tta_serve.errors import ConfigError, InvalidInput, Unavailable
+from tta_serve.sqlite_faults import LOCKED, OTHER, fault_of
 
 APPLICATION = 0x7474666C  # "ttfl": which program's file it is
 CACHE_KIB = 16_384  # of each connection: an append touches a few pages of every index
@@ -147,10 +148,10 @@ class FeedbackFile:
         try:
             yield
         except sqlite3.Error as error:
-            fault = _FAULTS.get(_code(error))
-            if fault is None:
+            fault = fault_of(error)
+            if fault is OTHER:
                 raise
-            raised = Unavailable if fault is _LOCKED else otherwise
+            raised = Unavailable if fault is LOCKED else otherwise
             said = f"the feedback log {self._path} cannot be used: {self._reason(error)}"
             raise raised(f"{said}; {fault.remedy}") from error
 
@@ -182,7 +183,7 @@ class FeedbackFile:
                 return str(self.execute("PRAGMA journal_mode = WAL").fetchone()[0])
             except sqlite3.OperationalError as error:
                 # SQLite itself does not wait here for another process that is opening the same new file
-                if _FAULTS.get(_code(error)) is not _LOCKED or time.monotonic() > until_s:
+                if fault_of(error) is not LOCKED or time.monotonic() > until_s:
                     raise
                 time.sleep(0.01)
 
@@ -208,39 +209,11 @@ class FeedbackFile:
         self.execute(f"PRAGMA user_version = {FORMAT}")
 
     def _reason(self, error: sqlite3.Error) -> str:
-        fault = _FAULTS.get(_code(error))
-        if fault is None:
+        fault = fault_of(error)
+        if fault is OTHER:
             return str(error)
-        waited = f" for more than {self._wait_s:g} s" if fault is _LOCKED else ""
+        waited = f" for more than {self._wait_s:g} s" if fault is LOCKED else ""
         return f"{fault.reason}{waited} ({error})"
-
-
-class _Fault(NamedTuple):
-    reason: str
-    remedy: str
-
-
-_LOCKED = _Fault("another process keeps it locked", "try again, or end that process")
-_CLOSED = _Fault("it cannot be written", "let this user write the file and its folder, or give another path")
-_DAMAGED = _Fault("it is damaged, or no database", "put a copy of it in its place, or move it away and begin anew")
-_FAULTS = {
-    sqlite3.SQLITE_BUSY: _LOCKED,
-    sqlite3.SQLITE_LOCKED: _LOCKED,
-    sqlite3.SQLITE_READONLY: _CLOSED,
-    sqlite3.SQLITE_PERM: _CLOSED,
-    sqlite3.SQLITE_AUTH: _CLOSED,
-    sqlite3.SQLITE_CANTOPEN: _CLOSED,
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: _DAMAGED,
-    sqlite3.SQLITE_FULL: _Fault("the disk is full", "make room on it"),
-    sqlite3.SQLITE_IOERR: _Fault("the disk cannot be read or written", "see the system's log"),
-}
-
-
-def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; −1 where the error is not SQLite's but of Python's module."""
-    code: int = getattr(error, "sqlite_errorcode", -1)
-    return code & 0xFF if code >= 0 else -1
 
 
 def _inode(path: Path) -> int | None:

@@ -14,11 +14,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tta_serve.durable import COMMANDED
-from tta_serve.errors import TTAError, Unavailable
+from tta_serve.errors import Unavailable
 from tta_serve.metrics import Metrics
 from tta_serve.states import States
 
@@ -49,8 +49,6 @@ class Sync:
         interval_s: between two savings.
         tick_s: between two looks at what others changed.
         metrics: where savings are counted.
-        address: where this replica can be asked for its metrics.
-        on_notice: by kind: told the detail of each notice of the kind.
         refresh: called before changes are acknowledged, for what is kept elsewhere (labels).
     """
 
@@ -61,8 +59,6 @@ class Sync:
         metrics: Metrics,
         *,
         tick_s: float = TICK_S,
-        address: str = "",
-        on_notice: Mapping[str, Callable[[str], None]] | None = None,
         refresh: Callable[[], object] | None = None,
     ) -> None:
         self.interval_s = interval_s
@@ -73,8 +69,6 @@ class Sync:
         self._store = states.durable.store
         self._metrics = metrics
         self._tick_s = min(tick_s, interval_s)
-        self._address = address
-        self._on_notice = on_notice or {}
         self._refresh = refresh
         self._seen = -1  # the number up to which all changes are known; -1: nothing was looked at yet
         self._synced_s = time.monotonic()
@@ -158,7 +152,7 @@ class Sync:
         try:
             if self._states.cut_off:  # from now on commands wait for this replica; then see what it has missed
                 self._let_go_of_what_is_old()
-                self._store.renew(self._durable.replica, self.lease_s, self._seen, self._address)
+                self._store.renew(self._durable.replica, self.lease_s, self._seen)
             self._durable.alone = not self.others()
             self._catch_up()
             if self._refresh:  # what is kept elsewhere changes without a number, too
@@ -198,12 +192,6 @@ class Sync:
         if self._refresh:
             self._refresh()
         self._states.flush([notice.detail for notice in changes.notices if notice.kind == COMMANDED])
-        for notice in changes.notices:
-            if (told := self._on_notice.get(notice.kind)) is not None:
-                try:
-                    told(notice.detail)
-                except TTAError:  # the notice is everybody's; that it cannot be followed here must not end the lease
-                    log.exception("the notice %d (%s) cannot be followed", notice.number, notice.kind)
         self._seen = changes.number
         return True
 
@@ -216,12 +204,12 @@ class Sync:
 
     def _renew(self) -> None:
         began_s = time.monotonic()
-        self._store.renew(self._durable.replica, self.lease_s, self._seen, self._address)
+        self._store.renew(self._durable.replica, self.lease_s, self._seen)
         self._states.lease_until_s = began_s + self.lease_s
 
     def _let_go_of_what_is_old(self) -> None:
         """Tombstones may have been pruned that this replica has never seen: then nothing at hand can be trusted."""
-        if time.monotonic() - self._states.lease_until_s > PRUNE_MIN_S / 2 and self._states.names():
+        if self._seen >= 0 and time.monotonic() - self._states.lease_until_s > PRUNE_MIN_S / 2:
             log.error("the store was out of reach for so long that everything is loaded anew")
             self._states.let_go()
 

@@ -721,7 +721,8 @@ def test_a_file_that_became_read_only(open_log: Open) -> None:
     log = open_log()
     log.append([new("p")], 5)
     log._file.execute("PRAGMA query_only = ON")
-    with pytest.raises(Unavailable, match=r"it cannot be written .* let this user write the file and its folder"):
+    wanted = r"it cannot be opened or written .* let this user write the file and its folder"
+    with pytest.raises(Unavailable, match=wanted):
         log.append([new("q")], 5)
     log._file.execute("PRAGMA query_only = OFF")
     assert ids(log.append([new("q")], 5)) == "q"
@@ -747,8 +748,8 @@ def test_a_path_that_cannot_be(tmp_path: Path, kind: str) -> None:
     reason = {
         "below a file": "cannot be made: Not a directory; give a path in a folder that can be written",
         "in no folder": "cannot be made: No such file or directory; give a path in a folder that can be written",
-        "a folder": "cannot be used: it cannot be written (unable to open database file); let this user write the file "
-        "and its folder, or give another path",
+        "a folder": "cannot be used: it cannot be opened or written (unable to open database file); let this user "
+        "write the file and its folder, or give another path",
     }[kind]
     assert str(caught.value) == f"the feedback log {path} {reason}"
 

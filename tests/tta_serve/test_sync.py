@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters import Pipeline
 from tta_serve import sync as module
-from tta_serve.errors import InvalidInput, Unavailable
+from tta_serve.errors import Unavailable
 from tta_serve.memory_store import MemoryStore, Shelf
 from tta_serve.metrics import Metrics
 from tta_serve.store import Changes, Member, Save
@@ -181,21 +181,6 @@ def test_while_it_was_cut_off_a_stream_was_deleted(kept: Callable[..., Kept], ro
     assert (head.gone, head.incarnation) == (True, 2)
 
 
-def test_notices_reach_those_who_listen_and_end_no_lease(kept: Callable[..., Kept]) -> None:
-    told: list[str] = []
-
-    def refuses(_: str) -> None:
-        raise InvalidInput("not here")
-
-    a, b = kept("a"), kept("b", on_notice={"labels": told.append, "bad": refuses})
-    a.keeping.announce("bad")
-    a.keeping.announce("nobody", "listens")
-    number = a.keeping.announce("labels", "x")
-    b.keeping.follow()
-    assert told == ["x"]
-    assert a.keeping.reached(number) == []
-
-
 def test_what_is_kept_elsewhere_is_looked_at_before_a_change_is_acknowledged(kept: Callable[..., Kept]) -> None:
     looked: list[list[str]] = []
     a = kept("a")
@@ -280,3 +265,37 @@ def test_what_nobody_foresaw_degrades_too(kept: Callable[..., Kept], monkeypatch
     quick._stopping.set()
     quick._thread.join()
     assert quick.health.degraded == "RuntimeError: a bug"
+
+
+def test_out_of_reach_for_longer_than_tombstones_are_kept_everything_is_loaded_anew(
+    kept: Callable[..., Kept], rows: Rows, clock: Clock
+) -> None:
+    a, b = kept("a"), kept("b")
+    a.teach(rows(8), "s")
+    for each in (a, b):
+        each.keeping.sync()
+    a.teach(rows(8), "s")
+    a.failing.fails = True
+    clock.now_s += a.keeping.lease_s + module.PRUNE_MIN_S
+    for each in (a, b):
+        each.keeping.sync()
+    b.streams.delete("s")
+    b.failing._shelf.entries.clear()  # the tombstone was pruned
+    b.teach(rows(4), "s")
+    b.keeping.sync()
+    a.failing.fails = False
+    a.keeping.sync()
+    assert a.streams.names() == []
+    head = b.failing.load("s")
+    assert head is not None
+    assert head.record["seen"] == 4
+
+
+def test_what_was_at_hand_before_the_first_sync_stays(kept: Callable[..., Kept]) -> None:
+    """Streams that labels are known of begin before the store was reached."""
+    a = kept("a")
+    a.streams.adopt("told")
+    first = Sync(a.streams, 1.0, a.metrics)
+    first.start()
+    first.stop()
+    assert a.streams.find("told") is not None
